@@ -1,0 +1,494 @@
+"""Videos in, batches out. The first room of the house: every other file takes its clips from here.
+
+A set is decoded once into a cache, one flat file of uint8 frames per split, and a training batch is a handful of random
+windows cut from that memory map: nothing is decoded while a network trains, so nothing waits.
+
+    python data.py                                  # the toy set: generated in seconds, nothing to download
+    python data.py --data sky                       # Sky Timelapse, from datasets/sky_timelapse
+    python data.py --data ucf101                    # UCF-101, from datasets/UCF-101 and datasets/ucfTrainTestlist
+    python data.py --data ~/my_videos --size 64     # any folder of videos, GIFs or frame folders
+
+Each prepares the cache (run it again after an interruption: it goes on where it stopped) and writes a preview GIF.
+Ranges: float (B, 3, T, H, W) in [-1, 1] inside the networks, uint8 (N, T, H, W, 3) everywhere outside.
+"""
+import argparse, dataclasses, difflib, errno, hashlib, inspect, json, multiprocessing, os, re, shutil, sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+VIDEO = {".mp4", ".avi", ".mov", ".webm", ".mkv", ".gif"}
+IMAGE = {".jpg", ".jpeg", ".png"}
+SETS = {                                       # what is true of a set, whatever is trained on it
+    "toy":    dict(frames=16, size=32, stride=1),
+    "sky":    dict(frames=16, size=128, stride=1),
+    "ucf101": dict(frames=16, size=128, stride=1),
+}
+WHERE = {                                      # what to say when there is no usable video
+    "sky": "expected {root}/sky_timelapse/sky_train/<clip>/.../*.jpg and sky_test/ likewise. Get it from the Hugging Face data "
+           "set maxin-cn/SkyTimelapse or Google Drive id 1xWLiU-MBGN7MrsFHQm4_yXmfHBsMbJQo, and unpack it there.",
+    "ucf101": "expected {root}/UCF-101/<Class>/*.avi and {root}/ucfTrainTestlist/trainlist01.txt. Get UCF101.rar (6.5 GB) and the "
+              "split lists at https://www.crcv.ucf.edu/data/UCF101.php, or UCF101_videos.zip (6,960,400,115 bytes, sha256 dabf56f5"
+              "73cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d) at https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",
+    "folder": "expected videos (mp4, avi, mov, webm, mkv, gif) or folders of JPEG/PNG frames in {root}; first-level folders that "
+              "hold them are classes; train/ and test/ folders, if both are there, are the splits.",
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what every script shares: one-line errors, and a command line made of a dataclass
+
+class UserError(Exception):
+    """Something the user can mend; the message says what is wrong, where, and how."""
+
+def run(main):
+    """Call main(), and end every failure a user can cause in one line on stderr and exit status 1."""
+    try:
+        return main()
+    except UserError as e:
+        message = str(e)
+    except torch.OutOfMemoryError:
+        message = f"out of GPU memory (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB): lower --batch_size"
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+            raise
+        message = f"cannot write {e.filename or ''}: {e.strerror}. Free some space or choose another folder, then run the same command again"
+    except KeyboardInterrupt:
+        message = "interrupted; the same command goes on from here"
+    sys.exit(f"error: {message}")
+
+def parse(Config, presets={}, argv=None):
+    """The command line of a Config dataclass: default < the set's own facts < preset of --data < flag.
+
+    Each field is a flag, and the comment beside it is its help. Prints what differs from the defaults. Unknown flags and
+    wrong types end in one line.
+    """
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            unknown = re.search(r"unrecognized arguments: (\S+)", message)
+            close = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            sys.exit(f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; --help lists the flags")
+    help = dict(re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        text = f"{help.get(f.name, '')} [{f.default}]".replace("%", "%%")
+        if isinstance(f.default, bool):
+            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
+        else:
+            kind = ints if isinstance(f.default, tuple) else type(f.default)
+            parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), help=text)
+    flags = vars(parser.parse_args(argv))
+    name = flags.get("data", Config.data)
+    known = {f.name for f in dataclasses.fields(Config)}
+    preset = {k: v for k, v in {**SETS.get(name, {}), **presets.get(name, {})}.items() if k in known}
+    for k, v in flags.items():
+        print(f"  --{k} {v}   (instead of {preset.get(k, getattr(Config, k))})")
+    return Config(**{**preset, **flags})
+
+def ints(text):
+    """"4,4,4" or "4x4x4" -> (4, 4, 4)"""
+    return tuple(int(v) for v in text.replace("x", ",").split(","))
+
+def run_name(data):
+    """The folder name of a set under runs/ and in the cache: toy, sky, ucf101, or the last part of a path."""
+    return data if data in SETS else Path(data).expanduser().resolve().name
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ranges, and writing pictures
+
+def to_float(videos):
+    """uint8 (N, T, H, W, 3) tensor or array -> float32 (N, 3, T, H, W) in [-1, 1]"""
+    return torch.as_tensor(videos).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+
+def to_uint8(x):
+    """float (N, 3, T, H, W) in [-1, 1], clipped -> uint8 (N, T, H, W, 3) array"""
+    return x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+
+def save_grid(path, videos, columns=0, fps=8, zoom=0):
+    """Write uint8 videos (N, T, H, W, 3) as one looping GIF, or an mp4 if the path ends so; small ones are enlarged."""
+    N, T, H, W, _ = videos.shape
+    columns = columns or int(np.ceil(np.sqrt(N)))
+    zoom = zoom or max(1, min(96 // H, 960 // (columns * W)))
+    rows = -(-N // columns)
+    grid = np.full((T, rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 255, np.uint8)     # one white pixel between videos
+    for i, v in enumerate(videos):
+        y, x = i // columns * (H + 1), i % columns * (W + 1)
+        grid[:, y:y + H, x:x + W] = v
+    grid = grid.repeat(zoom, 1).repeat(zoom, 2)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".mp4":
+        grid = np.pad(grid, ((0, 0), (0, grid.shape[1] % 2), (0, grid.shape[2] % 2), (0, 0)), "edge")   # H.264 wants even sides
+        iio.imwrite(path, grid, plugin="pyav", codec="libx264", fps=fps)
+    else:
+        iio.imwrite(path, grid, plugin="pillow", duration=1000 // fps, loop=0)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the toy set
+
+SHAPES, MOTIONS = ("circle", "square", "triangle"), {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+TOY_CLASSES = [f"{shape}-{motion}" for shape in SHAPES for motion in MOTIONS]
+
+def toy_videos(n, frames=16, size=32, seed=0):
+    """n videos of one bright shape gliding over a dark gradient; class = shape x direction of motion.
+
+    The world is a torus: what leaves on one side enters on the other, so a motion can go on for ever. Colours, place, size
+    and speed are random; edges are antialiased, so that sub-pixel motion shows. Returns uint8 (n, frames, size, size, 3)
+    and int64 labels (n,), label = 4 * shape + motion; balanced, in random order, the same for the same seed.
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % len(TOY_CLASSES))
+    videos = np.empty((n, frames, size, size, 3), np.uint8)
+    y, x = np.mgrid[:size, :size].astype(np.float32)                                     # (H, W)
+    for i, label in enumerate(labels):
+        shape, motion = SHAPES[label // 4], list(MOTIONS.values())[label % 4]
+        hue = rng.uniform(0, 6)
+        colour = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0.15, 1)        # HSV's hue wheel at full value
+        ground, angle = rng.uniform(0.05, 0.45, (2, 3)), rng.uniform(0, 2 * np.pi)
+        ramp = 0.5 + (np.cos(angle) * (x / size - 0.5) + np.sin(angle) * (y / size - 0.5)) / np.sqrt(2)
+        ground = ground[0] + (ground[1] - ground[0]) * ramp[..., None]                   # (H, W, 3)
+        radius, speed = size * rng.uniform(0.2, 0.25), size / 32 * rng.uniform(0.8, 1.6)  # speed in pixels a frame
+        start = rng.uniform(0, size, 2)
+        t = np.arange(frames)[:, None, None] * speed
+        dx = (x - start[0] - motion[0] * t + size / 2) % size - size / 2                 # (T, H, W) from the centre, on the torus
+        dy = (y - start[1] - motion[1] * t + size / 2) % size - size / 2
+        if shape == "circle":
+            distance = np.hypot(dx, dy) - radius
+        elif shape == "square":
+            distance = np.maximum(abs(dx), abs(dy)) - 0.95 * radius
+        else:                                                                            # an equilateral triangle, tip up
+            distance = np.maximum(dy - 0.7 * radius, 0.866 * abs(dx) - 0.5 * dy - 0.7 * radius)
+        cover = np.clip(0.5 - distance, 0, 1)[..., None]                                 # (T, H, W, 1) antialiased edge
+        videos[i] = np.rint(255 * (ground + (colour - ground) * cover))
+    return videos, labels
+
+# ----------------------------------------------------------------------------------------------------------------------
+# finding the videos of a set
+
+def number(path):
+    """Frames are sorted by the last integer of their name, because frame_10 comes after frame_9."""
+    digits = re.findall(r"\d+", path.stem)
+    return (int(digits[-1]) if digits else 0, path.name)
+
+def find(root, prefix=()):
+    """All videos and frame folders below root: sorted relative paths, and what was passed over as (path, reason)."""
+    sources, skipped = [], []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        folder, files = Path(folder), sorted(f for f in files if not f.startswith("."))
+        kinds = {f: Path(f).suffix.lower() for f in files}
+        sources += [folder / f for f in files if kinds[f] in VIDEO]
+        if any(k in IMAGE for k in kinds.values()):
+            sources.append(folder)
+        skipped += [(str((folder / f).relative_to(root)), "not a video or image") for f in files if kinds[f] not in VIDEO | IMAGE]
+        if not files and not folders:
+            skipped.append((str(folder.relative_to(root)), "empty folder"))
+    return sorted(sources), skipped
+
+def scan(data, data_dir, split):
+    """The sources of one split: (root, [(path, label)], skipped [(path, reason)], classes or None)."""
+    if data == "sky":
+        root = Path(data_dir) / "sky_timelapse" / f"sky_{split}"
+        sources, skipped = find(root)
+        return root, [(s, -1) for s in sources], skipped, None
+    if data == "ucf101":
+        root, lists = Path(data_dir) / "UCF-101", Path(data_dir) / "ucfTrainTestlist"
+        sources, skipped, classes = [], [], None
+        if (lists / f"{split}list01.txt").is_file() and (lists / "classInd.txt").is_file():
+            read = lambda f: [line.split() for line in (lists / f).read_text(errors="replace").splitlines() if line.strip()]
+            rows = read("classInd.txt")                                                  # "1 ApplyEyeMakeup": counts from 1
+            if any(len(r) != 2 or not r[0].isdigit() for r in rows):
+                raise UserError(f"{lists / 'classInd.txt'} is not a list of 'number class' lines: fetch the split lists again. " + where(data, data_dir))
+            classes = [name for _, name in sorted(rows, key=lambda r: int(r[0]))]
+            index = {name.lower(): i for i, name in enumerate(classes)}                  # HandstandPushups / HandStandPushups
+            for path, *_ in read(f"{split}list01.txt"):                                  # test lists carry no labels: the folder tells
+                label = index.get(path.split("/")[0].lower())
+                good = label is not None and ".." not in Path(path).parts and (root / path).is_file()
+                sources.append((root / path, label)) if good else skipped.append((path, "listed, but not there"))
+        return root, sources, skipped, classes
+    top = root = Path(data).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder")
+    split_folders = (root / "train").is_dir() and (root / "test").is_dir()
+    if split_folders:
+        root = root / split
+    sources, skipped = find(root)
+    inside = [s.relative_to(root).parts for s in sources]
+    classes = sorted({p[0] for p in inside if len(p) > 1})
+    if len(classes) < 2 or any(len(p) < 2 for p in inside):
+        classes = None
+    if split_folders and classes:                                                        # both splits count the classes alike
+        classes = sorted(f.name for f in (top / "train").iterdir() if f.is_dir() and not f.name.startswith("."))
+    sources = [(s, classes.index(p[0]) if classes and p[0] in classes else -1) for s, p in zip(sources, inside)]
+    if not split_folders and len(sources) > 1:                                           # every tenth video is held out
+        sources = [s for i, s in enumerate(sources) if (i % 10 == min(9, len(sources) - 1)) == (split == "test")]
+    return root, sources, skipped, classes
+
+def where(data, data_dir):
+    root = Path(data_dir) if data in SETS else Path(data).expanduser()
+    return WHERE.get(data, WHERE["folder"]).format(root=root)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoding, once, into the cache
+
+def frames_of(path):
+    """Iterate over the frames of a video file, GIF or frame folder: uint8 (H, W, 3) each."""
+    if path.is_dir():
+        for f in sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGE), key=number):
+            yield iio.imread(f, plugin="pillow", mode="RGB")
+    elif path.suffix.lower() == ".gif":
+        yield from iio.imiter(path, plugin="pillow", mode="RGB")
+    else:
+        yield from iio.imiter(path, plugin="pyav", format="rgb24")
+
+def resize_crop(frame, size):
+    """uint8 (H, W, 3) -> (size, size, 3): the short side resized to size with antialiasing, then the centre square."""
+    H, W, _ = frame.shape
+    short = min(H, W)
+    if short != size:
+        x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]         # (1, 3, H, W) uint8
+        shape = round(H * size / short), round(W * size / short)
+        frame = F.interpolate(x, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    top, left = (frame.shape[0] - size) // 2, (frame.shape[1] - size) // 2
+    return np.ascontiguousarray(frame[top:top + size, left:left + size])
+
+def read_video(path, size):
+    """All frames of a video file, GIF or frame folder, resized and cropped: uint8 (T, size, size, 3)."""
+    try:
+        frames = [resize_crop(f, size) for f in frames_of(Path(path))]
+    except Exception as e:                     # whatever a decoder raises on a bad file, the user reads it in one line
+        raise UserError(f"cannot read {path}: {first_line(e)}")
+    if not frames:
+        raise UserError(f"cannot read {path}: no frames in it")
+    return np.stack(frames)
+
+def first_line(e):
+    return (str(e).splitlines() or [type(e).__name__])[0][:120]
+
+def decode(job):
+    """A worker's job: decode one source into a file of raw frames. Returns (number of frames, "") or (0, what is wrong)."""
+    path, size, part = job
+    torch.set_num_threads(1)
+    n = 0
+    with open(part, "wb") as f:
+        try:
+            for frame in frames_of(path):
+                frame = resize_crop(frame, size)
+                f.write(frame.tobytes())
+                n += 1
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            return 0, f"unreadable: {first_line(e)}"
+    return n, "" if n else "unreadable: no frames"
+
+def count_frames(path):
+    try:
+        return sum(f.suffix.lower() in IMAGE for f in path.iterdir()) if path.is_dir() else iio.improps(path).shape[0]
+    except Exception:
+        return 0                               # only an estimate for the disk check: decode() will name the file
+
+def cache_folder(data, data_dir):
+    """<data_dir>/cache, or runs/<data>/cache where the data folder cannot be written."""
+    folder = Path(data_dir) / "cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path("runs") / run_name(data) / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+def prepare(data, data_dir="datasets", split="train", size=128, frames=16, workers=-1):
+    """Decode one split into the cache unless it is there already. Returns the path of its index.
+
+    The cache is a flat file of frames, size * size * 3 bytes each, and a JSON index: (first frame, frames, label, source)
+    per video, the classes, and what was skipped and why. A journal, one line per finished video, makes it restartable.
+    """
+    name = run_name(data) if data in SETS else f"{run_name(data)}-{hashlib.sha256(str(Path(data).expanduser().resolve()).encode()).hexdigest()[:8]}"
+    stem = str(cache_folder(data, data_dir) / f"{name}-{split}-{size}") + (f"x{frames}" if data == "toy" else "")
+    index_path, frames_path, journal_path = Path(stem + ".json"), Path(stem + ".u8"), Path(stem + ".journal")
+    bytes_a_frame = size * size * 3
+    old = load_index(index_path)
+    if data == "toy":
+        n, seed = (8192, 0) if split == "train" else (1024, 1)
+        fingerprint = f"toy 1 {n} {frames} {size} {seed}"
+        if old and old["fingerprint"] == fingerprint:
+            return index_path
+        check_disk(index_path.parent, n * frames * bytes_a_frame, f"toy {split}")
+        videos = [(i * frames, frames, 0, f"toy {i}") for i in range(n)]
+        with open(frames_path, "wb") as f:
+            for i in tqdm(range(0, n, 256), desc=f"toy {split}", unit_scale=256, unit=" clips"):
+                clips, labels = toy_videos(256, frames, size, seed=(seed, i))
+                f.write(clips.tobytes())
+                videos[i:i + 256] = [(a, b, int(l), s) for (a, b, _, s), l in zip(videos[i:i + 256], labels)]
+        return write_index(index_path, fingerprint, size, TOY_CLASSES, videos, [])
+
+    root, sources, skipped, classes = scan(data, data_dir, split)
+    if not sources:
+        if old:                                # a prepared cache that travelled without its raw data
+            return index_path
+        raise UserError(f"no usable video for --data {data} ({split} split): {where(data, data_dir)}")
+    listing = [(str(s.relative_to(root)), s.stat().st_size if s.is_file() else sum(1 for _ in s.iterdir()), label) for s, label in sources]
+    fingerprint = hashlib.sha256(json.dumps([listing, classes]).encode()).hexdigest()
+    if old and old["fingerprint"] == fingerprint:
+        return index_path
+    done = []                                  # [source, frames, label or reason] per finished video, in order
+    if journal_path.exists() and frames_path.exists():
+        first, *rest = (read_json(line) for line in journal_path.read_text(errors="replace").splitlines() or [""])
+        done = [r for r in rest if r] if first == fingerprint else []
+        if sum(r[1] for r in done) * bytes_a_frame > frames_path.stat().st_size:
+            done = []
+    sample = sources[::max(1, len(sources) // 64)]
+    need = sum(count_frames(s) for s, _ in sample) / len(sample) * (len(sources) - len(done)) * bytes_a_frame
+    check_disk(index_path.parent, need, f"{name} {split}")
+    if workers < 0:
+        workers = min(os.cpu_count() or 1, len(sources) // 16)                           # starting a process costs seconds
+    jobs = [(s, size, f"{stem}.{i}.part") for i, (s, _) in enumerate(sources)][len(done):]
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+    try:
+        with open(frames_path, "r+b" if done else "wb") as f, open(journal_path, "w") as journal:
+            f.truncate(sum(r[1] for r in done) * bytes_a_frame)
+            f.seek(0, os.SEEK_END)
+            journal.writelines(json.dumps(r) + "\n" for r in [fingerprint, *done])
+            results = pool.map(decode, jobs) if pool else map(decode, jobs)
+            bar = tqdm(zip(jobs, results), total=len(sources), initial=len(done), desc=f"{name} {split}", unit=" videos")
+            for (source, _, part), (n, wrong) in bar:
+                if n:
+                    with open(part, "rb") as p:
+                        shutil.copyfileobj(p, f, 1 << 22)
+                os.remove(part)
+                f.flush()
+                done.append([str(source.relative_to(root)), n, wrong or sources[len(done)][1]])
+                journal.write(json.dumps(done[-1]) + "\n")
+                journal.flush()
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+        for part in index_path.parent.glob(f"{Path(stem).name}.*.part"):
+            part.unlink()
+    starts = np.cumsum([0] + [n for _, n, _ in done]).tolist()
+    videos = [(start, n, label, s) for start, (s, n, label) in zip(starts, done) if n]
+    skipped += [(s, wrong) for s, n, wrong in done if not n]
+    if not videos:
+        report(name, split, skipped)
+        raise UserError(f"no usable video for --data {data} ({split} split): {where(data, data_dir)}")
+    write_index(index_path, fingerprint, size, classes, videos, skipped)
+    journal_path.unlink()
+    report(name, split, skipped, index_path)
+    return index_path
+
+def check_disk(folder, need, what):
+    free = shutil.disk_usage(folder).free
+    print(f"{what}: about {need / 1e9:.2f} GB to write to {folder}, {free / 1e9:.1f} GB free")
+    if need > free:
+        raise UserError(f"not enough disk for {what} in {folder}: about {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some, lower --size, or choose another --data_dir")
+
+def report(name, split, skipped, index_path=None):
+    """Count and name what was not used, by reason."""
+    for reason in sorted({r.split(":")[0] for _, r in skipped}):
+        rows = [f"{s} ({r})" if ":" in r else s for s, r in skipped if r.split(":")[0] == reason]
+        more = f" ... all of them in {index_path}" if len(rows) > 8 else ""
+        print(f"{name} {split}: skipped {len(rows)} {reason}: {', '.join(rows[:8])}{more}")
+
+def read_json(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+def load_index(path):
+    """The index of a prepared cache, or None if it is absent, damaged, or disagrees with the size of its file of frames."""
+    index = read_json(path.read_text(errors="replace")) if path.exists() else None
+    try:
+        count = sum(n for _, n, _, _ in index["videos"])
+        good = index["videos"] and path.with_suffix(".u8").stat().st_size == count * index["size"] ** 2 * 3
+        return index if good and all(k in index for k in ("fingerprint", "classes", "skipped")) else None
+    except (TypeError, KeyError, ValueError, OSError):
+        return None
+
+def write_index(path, fingerprint, size, classes, videos, skipped):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(dict(fingerprint=fingerprint, size=size, classes=classes, videos=videos, skipped=skipped)))
+    os.replace(temporary, path)
+    return path
+
+# ----------------------------------------------------------------------------------------------------------------------
+# batches
+
+class Videos:
+    """One prepared split: windows of `frames` frames, `stride` source frames apart, cut from a memory map.
+
+    classes: list of names or None. len() counts the videos long enough; the others are counted and named at the start.
+    """
+    def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1, flip=False):
+        if flip and data == "toy":
+            raise UserError("--flip would turn right into left, and the toy's classes are directions: leave it off")
+        if min(size, frames, stride) < 1:
+            raise UserError(f"size {size}, frames {frames} and stride {stride} must be at least 1")
+        path = prepare(data, data_dir, split, size, frames * stride)
+        index = load_index(path)
+        self.data, self.split, self.size, self.frames, self.stride, self.flip = data, split, size, frames, stride, flip
+        self.classes, self.fingerprint, self.span = index["classes"], index["fingerprint"], (frames - 1) * stride + 1
+        self.videos = [v for v in index["videos"] if v[1] >= self.span]
+        short = [(v[3], f"too short: {v[1]} of {self.span} frames") for v in index["videos"] if v[1] < self.span]
+        report(run_name(data), split, short, path)
+        if not self.videos:
+            raise UserError(f"no video of --data {data} ({split} split) has the {self.span} frames that --frames {frames} --stride {stride} need: lower them")
+        self.map = np.memmap(path.with_suffix(".u8"), np.uint8, "r").reshape(-1, size, size, 3)
+
+    def __len__(self):
+        return len(self.videos)
+
+    def window(self, i, start=0):
+        """Frames start, start + stride, ... of video i: uint8 (T, H, W, 3) and its label (-1: none)."""
+        first, _, label, _ = self.videos[i]
+        return self.map[first + start:first + start + self.span:self.stride], label
+
+    def batch(self, n, rng):
+        """n random windows of random videos: uint8 tensor (n, T, H, W, 3), labels (n,). rng: a numpy Generator."""
+        clips, labels = np.empty((n, self.frames, self.size, self.size, 3), np.uint8), np.empty(n, np.int64)
+        for k in range(n):
+            i = rng.integers(len(self.videos))
+            clips[k], labels[k] = self.window(i, rng.integers(self.videos[i][1] - self.span + 1))
+            if self.flip and rng.integers(2):
+                clips[k] = clips[k, :, :, ::-1].copy()
+        return torch.from_numpy(clips), torch.from_numpy(labels)
+
+    def fixed(self, n):
+        """The same n windows every time, spread evenly over the videos and unflipped: for evaluation and previews."""
+        n_videos, clips, labels = len(self.videos), [], []
+        for k in range(n):
+            i = k * n_videos // n if n <= n_videos else k % n_videos
+            turns = -(-n // n_videos)                                                    # windows a video gives
+            clip, label = self.window(i, (self.videos[i][1] - self.span) * (k // n_videos if n > n_videos else 0) // max(1, turns - 1))
+            clips.append(clip)
+            labels.append(label)
+        return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
+
+@dataclasses.dataclass
+class Config:
+    data: str = "toy"            # toy, sky, ucf101, or a folder of videos
+    data_dir: str = "datasets"   # where the raw sets and the caches lie
+    size: int = 128              # pixels a side
+    frames: int = 16             # frames of a clip
+    stride: int = 1              # source frames from one frame of a clip to the next
+
+def main():
+    cfg = parse(Config)
+    for split in ("train", "test"):
+        videos = Videos(cfg.data, cfg.data_dir, split, cfg.size, cfg.frames, cfg.stride)
+        count, total = len(videos), sum(v[1] for v in videos.videos)
+        print(f"{split}: {count} videos, {total} frames, {total * cfg.size ** 2 * 3 / 1e9:.2f} GB, {len(videos.classes or [])} classes")
+        if split == "train":
+            preview = Path("runs") / run_name(cfg.data) / "data.gif"
+            save_grid(preview, videos.fixed(min(count, 24))[0].numpy(), columns=6)
+            print(f"preview: {preview}")
+
+if __name__ == "__main__":
+    run(main)
