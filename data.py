@@ -136,7 +136,7 @@ def toy_videos(n, frames=16, size=32, seed=0):
     """n videos of one bright shape gliding over a dark gradient; class = shape x direction of motion.
 
     The world is a torus: what leaves on one side enters on the other, so a motion can go on for ever. Colours, place, size
-    and speed are random; edges are antialiased, so that sub-pixel motion shows. Returns uint8 (n, frames, size, size, 3)
+    and speed are random; edges are two pixels soft, so that sub-pixel motion shows. Returns uint8 (n, frames, size, size, 3)
     and int64 labels (n,), label = 4 * shape + motion; balanced, in random order, the same for the same seed.
     """
     rng = np.random.default_rng(seed)
@@ -161,7 +161,7 @@ def toy_videos(n, frames=16, size=32, seed=0):
             distance = np.maximum(abs(dx), abs(dy)) - 0.95 * radius
         else:                                                                            # an equilateral triangle, tip up
             distance = np.maximum(dy - 0.7 * radius, 0.866 * abs(dx) - 0.5 * dy - 0.7 * radius)
-        cover = np.clip(0.5 - distance, 0, 1)[..., None]                                 # (T, H, W, 1) antialiased edge
+        cover = np.clip(0.5 - distance / 2, 0, 1)[..., None]                             # (T, H, W, 1) an edge two pixels wide
         videos[i] = np.rint(255 * (ground + (colour - ground) * cover))
     return videos, labels
 
@@ -317,7 +317,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, worke
     old = load_index(index_path)
     if data == "toy":
         n, seed = (8192, 0) if split == "train" else (1024, 1)
-        fingerprint = f"toy 1 {n} {frames} {size} {seed}"
+        fingerprint = f"toy 2 {n} {frames} {size} {seed}"
         if old and old["fingerprint"] == fingerprint:
             return index_path
         check_disk(index_path.parent, n * frames * bytes_a_frame, f"toy {split}")

@@ -1,0 +1,556 @@
+"""Stage 1: a 3D VQGAN. It compresses a video to a small grid of codes and paints it back.
+
+    video (3, 16, 128, 128) -> encoder -> z (8, 4, 32, 32) -> nearest codes -> decoder -> video
+
+    python vqgan3d.py                                        # the toy, on anything (CPU: about 5 minutes)
+    python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
+    python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0 --device cpu
+
+It is trained by five losses, each a named term whose weight is a flag:
+    mse         the pixels                                          perceptual  VGG16's features of single frames
+    vq          codebook and commitment (van den Oord et al. 2017)  gan         a DCGAN discriminator, in three dimensions
+    feature     matching of the discriminator's internal features
+Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for bit), vqgan.jsonl (the log), vqgan.gif (held-out
+clips over their reconstructions, remade at every evaluation).
+"""
+import dataclasses, json, math, os, resource, signal, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+from data import UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
+
+@dataclass
+class Config:
+    data: str = "toy"             # toy, sky, ucf101, or a folder of videos
+    data_dir: str = "datasets"    # where the raw sets and the caches lie
+    out: str = ""                 # folder of this run; empty: runs/<data>
+    size: int = 128               # pixels a side
+    frames: int = 16              # frames of a clip
+    stride: int = 1               # source frames from one frame of a clip to the next
+    flip: bool = False            # mirror half of the training clips; never where a class means a direction
+    # the network
+    down: tuple = (4, 4, 4)       # downsampling in time, height and width: powers of two
+    width: int = 64               # channels at the finest level; each coarser one has three times as many, 384 at most
+    blocks: int = 2               # residual blocks at each level, on each side
+    codes: int = 4096             # entries of the codebook
+    code_dim: int = 6             # channels of the latent; a low dimension keeps all codes in use
+    # the losses' weights
+    mse: float = 1.0              # squared error of the pixels
+    perceptual: float = 0.1       # distance of VGG16 features; 0 leaves VGG16 out
+    codebook: float = 1.0         # moves the codes to the encoder's outputs
+    commitment: float = 0.25      # keeps the encoder's outputs near their codes
+    gan: float = 0.1              # the generator's half of the DCGAN game; with --feature 0 too there is no discriminator
+    feature: float = 1.0          # L1 between the discriminator's features of video and reconstruction
+    gan_ratio: float = 0.3        # gan and feature together push the pixels at most this fraction as hard as mse and perceptual
+    # training
+    steps: int = 50_000           # updates of the autoencoder
+    vq_start: float = 0.1         # the latents pass unquantised for this part of the steps; then the codebook starts from data
+    disc_start: float = 0.5       # the discriminator begins to learn after this part of the steps ...
+    gan_start: float = 0.6        # ... and from here its judgement reaches the generator
+    disc_width: int = 64          # channels of the discriminator's first layer
+    batch_size: int = 8           # clips a step
+    lr: float = 4e-3              # peak learning rate of Muon and Adam: 2% linear warm-up, then cosine to zero
+    disc_lr: float = 2e-4         # the discriminator's Adam, constant (DCGAN's value)
+    seed: int = 0                 # everything random follows from (seed, step)
+    # running
+    vgg: str = ""                 # VGG16 weights (.pth or .npz); empty: torchvision's, downloaded once, hash checked
+    eval_every: int = 2000        # steps between evaluations, previews and checkpoints
+    eval_clips: int = 64          # held-out clips of an evaluation
+    device: str = "auto"          # auto, cpu, cuda, mps
+    dtype: str = "auto"           # auto (bfloat16 where the hardware multiplies it), float32, bfloat16
+    fresh: bool = False           # start anew instead of resuming
+
+PRESETS = {
+    "toy":    dict(width=32, codes=1024, perceptual=0.0, steps=3000, batch_size=4, disc_width=16, eval_every=500),
+    "sky":    dict(),
+    "ucf101": dict(),
+}
+MAY_CHANGE = {"data_dir", "out", "steps", "vgg", "eval_every", "eval_clips", "device", "fresh"}   # and still be the same run
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the autoencoder: convolutions factorised into space and time, on patches
+
+class Norm(nn.Module):
+    """Layer norm over the channels of each position. No place sees the statistics of another, so that the decoder gives the
+    same frames whatever the length of the video around them."""
+    def __init__(self, C):
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.ones(C)), nn.Parameter(torch.zeros(C))
+    def forward(self, x):                                                     # (B, C, T, H, W)
+        gain, bias = self.gain.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):                    # stay in x's dtype: this is bound by memory
+            return F.layer_norm(x.movedim(1, -1), gain.shape, gain, bias).movedim(-1, 1)
+
+class Block(nn.Module):
+    """Residual block: a convolution in space, then one in time."""
+    def __init__(self, C):
+        super().__init__()
+        self.norm = Norm(C)
+        self.space, self.time = nn.Conv3d(C, C, (1, 3, 3), padding=(0, 1, 1)), nn.Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0))
+        nn.init.zeros_(self.time.weight)                                      # the block starts as the identity
+    def forward(self, x):                                                     # (B, C, T, H, W)
+        return x + self.time(F.silu(self.space(self.norm(x))))
+
+def to_patches(x, p):
+    """(B, C, T, H, W) -> (B, C * pt * ph * pw, T / pt, H / ph, W / pw)"""
+    B, C, T, H, W = x.shape
+    x = x.view(B, C, T // p[0], p[0], H // p[1], p[1], W // p[2], p[2])
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, T // p[0], H // p[1], W // p[2])
+
+def from_patches(x, p):
+    """The inverse of to_patches."""
+    B, C, T, H, W = x.shape
+    x = x.reshape(B, -1, *p, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    return x.reshape(B, -1, T * p[0], H * p[1], W * p[2])
+
+class Down(nn.Module):
+    def __init__(self, C, D, p):
+        super().__init__()
+        self.p, self.proj = p, nn.Conv3d(C * math.prod(p), D, 1)
+    def forward(self, x):
+        return self.proj(to_patches(x, self.p))
+
+class Up(nn.Module):
+    def __init__(self, C, D, p):
+        super().__init__()
+        self.p, self.proj = p, nn.Conv3d(C, D * math.prod(p), 1)
+    def forward(self, x):
+        return from_patches(self.proj(x), self.p)
+
+class Quantizer(nn.Module):
+    """Nearest-neighbour quantisation with a learned codebook (van den Oord et al. 2017, eq. 1-3), in float32.
+
+    Until it is started it lets z pass. At its first step the codebook takes latents of that batch for its codes; later a code
+    that is hardly ever used moves to a random latent of the batch at hand. All of that state is in buffers: it is saved, and a
+    resumed run does not initialise again.
+    """
+    def __init__(self, codes, code_dim):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codes, code_dim))
+        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("usage", torch.zeros(codes))                     # moving average of uses; 1 is the average code
+
+    def forward(self, z):
+        """z (B, D, T, H, W) -> z_q likewise, its gradient going straight to z; codes (B, T, H, W); codebook, commitment loss"""
+        B, D, T, H, W = z.shape
+        if not self.started:
+            return z, torch.zeros(B, T, H, W, dtype=torch.long, device=z.device), (z.new_zeros(()), z.new_zeros(()))
+        with torch.autocast(z.device.type, enabled=False):
+            flat = z.float().movedim(1, -1).reshape(-1, D)                    # (N, D)
+            if self.training:
+                self.revive(flat.detach())
+            distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T   # (N, K), less |z|^2, the same for all codes
+            codes = distance.argmin(1)                                        # (N,)
+            e = F.embedding(codes, self.codebook)                             # (N, D)
+            losses = F.mse_loss(e, flat.detach()), F.mse_loss(flat, e.detach())
+            if self.training:
+                count = torch.bincount(codes, minlength=len(self.codebook))
+                self.usage.lerp_(count * (len(count) / len(codes)), 0.02)
+            z_q = flat + (e - flat).detach()                                  # straight through: dz_q / dz = 1
+        return z_q.view(B, T, H, W, D).movedim(-1, 1), codes.view(B, T, H, W), losses
+
+    @torch.no_grad()
+    def revive(self, flat):
+        """Move the codes that are hardly used, at the first call all of them, to random latents (N, D)."""
+        dead = self.usage < 0.05
+        pick = torch.randint(len(flat), self.usage.shape, device=flat.device)
+        jitter = 0.01 * flat.std(0) * torch.randn_like(self.codebook)         # there may be fewer latents than codes
+        self.codebook.copy_(torch.where(dead[:, None], flat[pick] + jitter, self.codebook))
+        self.usage.masked_fill_(dead, 1.0)
+
+class VQGAN(nn.Module):
+    """encode(x) -> z, continuous; quantize(z) -> (z_q, codes, losses); decode(z_q) -> x. x (B, 3, T, H, W) in [-1, 1],
+    z (B, code_dim, T / down, H / down, W / down)."""
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        if len(c.down) != 3 or any(d < 1 or d & (d - 1) for d in c.down):
+            raise UserError(f"--down {','.join(map(str, c.down))}: three powers of two are wanted, as in 4,8,8")
+        if c.frames % c.down[0] or c.size % c.down[1] or c.size % c.down[2]:
+            raise UserError(f"{c.frames} frames of {c.size} x {c.size} cannot be divided by --down {','.join(map(str, c.down))}: change --frames, --size or --down")
+        levels = max(1, int(math.log2(max(c.down))))
+        # down (4, 8, 8) takes strides (1, 2, 2), (2, 2, 2), (2, 2, 2): time, which moves little, is halved last
+        strides = [tuple(2 if d >= 2 ** (levels - i) else 1 for d in c.down) for i in range(levels)]
+        widths = [min(c.width * 3 ** i, max(c.width, 384)) for i in range(levels)]
+        encoder, decoder, last = [], [], 3
+        for stride, C in zip(strides, widths):                                # a stage: patches to channels, then blocks
+            encoder += [Down(last, C, stride), *(Block(C) for _ in range(c.blocks))]
+            decoder = [*(Block(C) for _ in range(c.blocks)), Up(C, last, stride)] + decoder
+            last = C
+        self.encoder = nn.Sequential(*encoder, Norm(C), nn.Conv3d(C, c.code_dim, 1))
+        self.quantizer = Quantizer(c.codes, c.code_dim)
+        self.decoder = nn.Sequential(nn.Conv3d(c.code_dim, C, 3, padding=1), *decoder)
+        self.to(memory_format=torch.channels_last_3d)                         # the layout that convolutions are fastest in
+
+    def encode(self, x):
+        return self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).float()
+
+    def quantize(self, z):
+        return self.quantizer(z)
+
+    def decode(self, z_q):
+        return self.decoder(z_q.contiguous(memory_format=torch.channels_last_3d)).float()
+
+    def forward(self, x):
+        z_q, codes, losses = self.quantize(self.encode(x))
+        return self.decode(z_q), codes, losses
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the discriminator
+
+class Discriminator(nn.Module):
+    """DCGAN's discriminator (Radford et al. 2016) with 4x4x4 kernels: stride 2, batch norm except in the first and the last
+    layer, LeakyReLU 0.2, weights N(0, 0.02), one logit. x (B, 3, T, H, W) -> logit (B,), list of internal features."""
+    def __init__(self, frames, size, width):
+        super().__init__()
+        shape, C, layers = (frames, size, size), 3, []
+        while max(shape) > 4:                                                 # an axis of 4 is left alone till all are there
+            D = min(width * 2 ** len(layers), 8 * width)
+            halve = [n > 4 for n in shape]
+            conv = nn.Conv3d(C, D, tuple(4 if h else 3 for h in halve), tuple(2 if h else 1 for h in halve), 1, bias=not layers)
+            norm = nn.BatchNorm3d(D, track_running_stats=False) if layers else nn.Identity()
+            layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
+            shape, C = tuple(n // 2 if h else n for n, h in zip(shape, halve)), D
+        self.layers, self.head = nn.ModuleList(layers), nn.Conv3d(C, 1, shape)
+        for m in self.modules():
+            if isinstance(m, nn.Conv3d):
+                nn.init.normal_(m.weight, 0, 0.02)
+        self.to(memory_format=torch.channels_last_3d)
+
+    def forward(self, x):
+        x, features = x.contiguous(memory_format=torch.channels_last_3d), []
+        for layer in self.layers:
+            x = layer(x)
+            features.append(x)
+        return self.head(x).flatten().float(), features
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the optimiser of the kernels
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al. 2024), scaled to the size of Adam's (Liu et al. 2025).
+
+    All directions of a kernel, seen as a matrix (out, in * kernel), get the same step, not only those with a large gradient.
+    torch.optim.Muon does this for matrices only; here nearly every parameter is a convolution kernel.
+    """
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - group["momentum"])
+                u = p.grad.lerp(m, group["momentum"]).reshape(len(p), -1)     # Nesterov; (out, in * kernel)
+                wide = u.shape[0] <= u.shape[1]
+                u = orthogonalise(u if wide else u.T)
+                u = (u if wide else u.T).reshape(p.shape)
+                p.add_(u, alpha=-group["lr"] * 0.2 * max(len(p), p[0].numel()) ** 0.5)
+
+def orthogonalise(u):
+    """Newton-Schulz iteration towards the nearest matrix with singular values of about 1; u (m, n), m <= n."""
+    u = u.bfloat16() if u.is_cuda else u
+    u = u / (u.norm() + 1e-7)
+    for _ in range(5):
+        a = u @ u.T
+        u = 3.4445 * u + (2.0315 * a @ a - 4.7750 * a) @ u                    # the quintic of Jordan et al.
+    return u.float()
+
+def optimisers(model, lr):
+    """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook, whose rows are points, not maps."""
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))}
+    matrices = [p for p in model.parameters() if id(p) in kernels]
+    others = [p for p in model.parameters() if id(p) not in kernels]
+    return [Muon(matrices, lr), torch.optim.Adam(others, lr, betas=(0.9, 0.99))]
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what both stages need: device, checkpoints, log
+
+def pick_device(device="auto", dtype="auto"):
+    """-> torch.device, and a function that opens the autocast context of the dtype; "auto" takes what is fastest here."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device} cannot be used: {first_line(e)}. Try --device cpu")
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: auto, float32 or bfloat16 is wanted")
+    if dtype == "auto":
+        cpu = any(getattr(torch.cpu, f"_is_{f}_supported", bool)() for f in ("amx_tile", "avx512_bf16"))
+        good = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu
+        dtype = "bfloat16" if good else "float32"
+    # a context for each forward: autocast keeps the weights it has cast until it closes, stale once the optimiser has stepped
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+def save(path, state):
+    """Write a checkpoint so that a crash at any moment leaves the old file or the new one, never half of one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:                                      # torch turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {first_line(e)}. The checkpoint before it is intact: free some space, then run the same command again")
+
+def load(path, device="cpu"):
+    """Read a checkpoint without executing anything in it."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if isinstance(state, dict) and {"config", "step", "model"} <= set(state):
+            return state
+        wrong = "it is not one of ours"
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: train it first (python vqgan3d.py --data ..., then python diffusion.py --data ...)")
+    except Exception as e:                                                    # a damaged or hostile file can raise anything
+        wrong = first_line(e)
+    raise UserError(f"{path} is not a usable checkpoint ({wrong}): delete it, or train anew with --fresh")
+
+def resume(path, cfg, may_change, log):
+    """The state to go on from, or None. Refuses a checkpoint of another configuration; the log loses what came after it."""
+    rows = []
+    state = load(path) if path.exists() and not cfg.fresh else None
+    if state:
+        differ = [f"--{k} {v} (now {getattr(cfg, k, None)})" for k, v in state["config"].items() if k not in may_change and getattr(cfg, k, None) != v]
+        if differ:
+            raise UserError(f"{path} was trained with {', '.join(differ)}: give the same flags, another --out, or --fresh to start anew")
+        print(f"resuming {path} at step {state['step']}")
+        if log.exists():
+            rows = [r for r in log.read_text(errors="replace").splitlines() if (json_or_none(r) or {}).get("step", math.inf) < state["step"]]
+    log.write_text("".join(r + "\n" for r in rows))
+    return state
+
+def json_or_none(text):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+def write_log(path, row):
+    with open(path, "a") as f:
+        f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+
+def peak_memory(device):
+    """Peak memory in GB: the GPU's where there is one, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+def catch_signals():
+    """A list that fills when Ctrl-C or SIGTERM comes, so that a loop can finish its step and save; the second one kills."""
+    caught = []
+    def handler(number, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+    return caught
+
+def schedule(step, steps):
+    """Factor of the learning rate: linear warm-up over 2% of the steps, then a cosine to zero."""
+    return min(1, (step + 1) / (0.02 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * min(1, step / max(1, steps))))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+
+def psnr(x, y):
+    """PSNR in dB of clips in [-1, 1], clipped, averaged over the clips."""
+    mse = (x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(1) / 4    # of a range of 1
+    return (-10 * mse.clamp_min(1e-10).log10()).mean().item()
+
+@torch.no_grad()
+def validate(vqgan, clips, autocast, batch_size):
+    """Held-out uint8 clips through the bottleneck and back: dict(psnr, usage, perplexity), reconstructions (float)."""
+    vqgan.eval()
+    x, y, codes = to_float(clips), [], []
+    for part in x.split(batch_size):
+        with autocast():
+            out = vqgan(part.to(vqgan.quantizer.usage.device))
+        y.append(out[0].cpu())
+        codes.append(out[1].flatten().cpu())
+    vqgan.train()
+    y, p = torch.cat(y), torch.bincount(torch.cat(codes), minlength=vqgan.config.codes).double()
+    p = p / p.sum()
+    return dict(psnr=psnr(x, y), usage=(p > 0).double().mean().item(), perplexity=math.exp(-(p * p.clamp_min(1e-12).log()).sum())), y
+
+def main():
+    cfg = parse(Config, PRESETS)
+    out = Path(cfg.out or f"runs/{run_name(cfg.data)}")
+    out.mkdir(parents=True, exist_ok=True)
+    path, log = out / "vqgan.pt", out / "vqgan.jsonl"
+    device, autocast = pick_device(cfg.device, cfg.dtype)
+    torch.manual_seed(cfg.seed)
+
+    # nets and optimisers
+    vqgan = VQGAN(cfg).to(device)
+    disc = Discriminator(cfg.frames, cfg.size, cfg.disc_width).to(device) if cfg.gan or cfg.feature else None
+    vgg = load_vgg(cfg.vgg).to(device) if cfg.perceptual else None
+    opts = optimisers(vqgan, cfg.lr)
+    disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999)) if disc else None
+
+    state, start = resume(path, cfg, MAY_CHANGE, log), 0
+    if state:
+        start = state["step"]
+        vqgan.load_state_dict(state["model"])
+        for opt, s in zip(opts, state["opts"]):
+            opt.load_state_dict(s)
+        if disc:
+            disc.load_state_dict(state["disc"])
+            disc_opt.load_state_dict(state["disc_opt"])
+    def checkpoint(step):
+        save(path, dict(config=dataclasses.asdict(cfg), step=step, model=vqgan.state_dict(), opts=[o.state_dict() for o in opts],
+                        disc=disc.state_dict() if disc else None, disc_opt=disc_opt.state_dict() if disc else None))
+
+    train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.flip)
+    test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
+    clips = test.fixed(cfg.eval_clips)[0]
+    print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent {cfg.code_dim} x " +
+          " x ".join(str(n // d) for n, d in zip((cfg.frames, cfg.size, cfg.size), cfg.down)) + f", {device}, writing {out}/")
+
+    caught, clock, mark, waited = catch_signals(), time.time(), start, 0.0
+    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 1", mininterval=1 if sys.stderr.isatty() else 20)
+    for step in bar:
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            scores, y = validate(vqgan, clips, autocast, cfg.batch_size)
+            save_grid(out / "vqgan.gif", side_by_side(clips[:8], y[:8]), columns=min(8, len(y)))
+            write_log(log, dict(step=step, **scores))
+            bar.write(f"step {step}: held-out PSNR {scores['psnr']:.2f} dB, codes used {scores['usage']:.1%}, perplexity {scores['perplexity']:.0f}")
+            if step > start:
+                checkpoint(step)
+            clock, mark, waited = time.time(), step, 0.0                      # training time alone is timed
+        if step == cfg.steps:
+            break
+        torch.manual_seed(cfg.seed * 1_000_003 + step)                        # every draw of this step follows from here
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = cfg.lr * schedule(step, cfg.steps)
+        if step >= cfg.vq_start * cfg.steps:
+            vqgan.quantizer.started.fill_(True)
+
+        tick = time.time()
+        x = to_float(train.batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))[0].to(device))   # (B, 3, T, H, W)
+        waited += time.time() - tick
+
+        # the autoencoder: what each loss asks of the pixels y, then one backward pass through decoder and encoder
+        with autocast():
+            y, codes, (codebook, commitment) = vqgan(x)
+        losses = dict(mse=F.mse_loss(y, x), codebook=codebook, commitment=commitment)
+        loss = cfg.mse * losses["mse"]
+        if vgg:
+            with autocast():
+                losses["perceptual"] = vgg(*(v[range(len(v)), :, torch.randint(cfg.frames, (len(v),))] for v in (x, y)))   # one frame a clip
+            loss = loss + cfg.perceptual * losses["perceptual"]
+        pull, = torch.autograd.grad(loss, y)
+        if disc and step >= cfg.gan_start * cfg.steps:
+            with autocast():
+                real = disc(x)[1]
+                logit, fake = disc(y)
+            losses["gan"] = F.softplus(-logit).mean()                         # -log D(y): the non-saturating game
+            losses["feature"] = sum(F.l1_loss(f.float(), r.float().detach()) for f, r in zip(fake, real)) / len(real)
+            push, = torch.autograd.grad(cfg.gan * losses["gan"] + cfg.feature * losses["feature"], y)
+            # its arrival must not wreck the reconstruction: however it shouts, its gradient stays shorter than theirs
+            pull = pull + push * (cfg.gan_ratio * pull.norm() / push.norm().clamp_min(1e-12)).clamp(max=1)
+        torch.autograd.backward([y, cfg.codebook * codebook + cfg.commitment * commitment] if codebook.requires_grad else [y],
+                                [pull, None] if codebook.requires_grad else [pull])
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+
+        # the discriminator: log D(x) + log(1 - D(y)), y detached so that nothing of this reaches the autoencoder
+        if disc and step >= cfg.disc_start * cfg.steps:
+            with autocast():
+                real, fake = disc(x)[0], disc(y.detach())[0]
+            losses["disc"] = F.softplus(-real).mean() + F.softplus(fake).mean()
+            losses["disc"].backward()
+            disc_opt.step()
+            disc_opt.zero_grad()
+            losses.update(D_real=real.sigmoid().mean(), D_fake=fake.sigmoid().mean())
+
+        if step % 20 == 0 or caught:
+            row = {k: v.item() for k, v in losses.items()}
+            bad = [k for k, v in row.items() if not math.isfinite(v)]
+            if bad:
+                raise UserError(f"step {step}: {', '.join(bad)} is not finite; {path} still holds the last good step. Lower --lr{' or --gan' if disc else ''}, then run again")
+            seconds = time.time() - clock
+            write_log(log, dict(step=step, **row, lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds,
+                                dead_codes=(vqgan.quantizer.usage < 0.05).sum().item(), memory_gb=peak_memory(device)))
+            bar.set_postfix(mse=f"{row['mse']:.4f}", GB=f"{peak_memory(device):.1f}")
+        if caught:
+            checkpoint(step + 1)
+            raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")
+    print(f"done: {path}, the log {log}, held-out clips over their reconstructions {out / 'vqgan.gif'}")
+
+def side_by_side(x, y):
+    """uint8 clips over their float reconstructions, clip by clip: uint8 (N, T, 2H, W, 3)"""
+    return np.concatenate([np.asarray(x), to_uint8(y)], axis=2)
+
+def load_vqgan(path, device="cpu"):
+    """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
+    return build_vqgan(load(path, device), device)
+
+def build_vqgan(state, device="cpu"):
+    try:
+        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+        vqgan = VQGAN(config)
+        vqgan.load_state_dict(state["model"])
+    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise UserError(f"this checkpoint does not fit stage 1 as it is written now ({first_line(e)}): train anew with --fresh")
+    return vqgan.to(device).eval().requires_grad_(False)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# borrowed: VGG16 (Simonyan & Zisserman 2015), for the perceptual loss
+
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"            # 553 MB; the name carries the sha256's beginning
+
+class VGG16(nn.Module):
+    """Perceptual distance of frames (N, 3, H, W) in [-1, 1]: the mean squared difference of channel-normalised features after
+    relu 1_2, 2_2, 3_3, 4_3 and 5_3, as in LPIPS (Zhang et al. 2018) but with all channels weighted alike."""
+    LAYERS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256, 17: 512, 19: 512, 21: 512, 24: 512, 26: 512, 28: 512}
+    TAPS, POOLS = {2, 7, 14, 21, 28}, {5, 10, 17, 24}                         # torchvision's numbering of `features`
+
+    def __init__(self):
+        super().__init__()
+        C, self.features = 3, nn.ModuleDict()
+        for i, D in self.LAYERS.items():
+            self.features[str(i)], C = nn.Conv2d(C, D, 3, padding=1), D
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, x, y):
+        h, distance = (torch.cat([x, y]) * 0.5 + 0.5 - self.mean) / self.std, 0
+        for i in self.LAYERS:
+            h = F.relu(self.features[str(i)](F.max_pool2d(h, 2) if i in self.POOLS else h))
+            if i in self.TAPS:
+                fx, fy = F.normalize(h.float(), dim=1, eps=1e-6).chunk(2)
+                distance = distance + (fx - fy).square().sum(1).mean() / len(self.TAPS)
+        return distance
+
+def load_vgg(path=""):
+    """VGG16 with ImageNet weights, frozen: from a .pth or .npz file, or torchvision's, fetched once with its hash checked."""
+    try:
+        if not path:
+            state = torch.hub.load_state_dict_from_url(VGG_URL, map_location="cpu", check_hash=True, weights_only=True)
+        elif str(path).endswith(".npz"):
+            with np.load(path, allow_pickle=False) as arrays:
+                state = {k: torch.from_numpy(arrays[k]).float() for k in arrays.files}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        vgg = VGG16()
+        vgg.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")} | {"mean": vgg.mean, "std": vgg.std})
+    except Exception as e:                                                    # no network, a broken file, other names
+        raise UserError(f"the perceptual loss needs VGG16's weights ({path or 'vgg16-397923af.pth'}: {first_line(e)}): download {VGG_URL} "
+                        "and give --vgg PATH, or leave the loss out with --perceptual 0")
+    return vgg.eval().requires_grad_(False)
+
+if __name__ == "__main__":
+    run(main)
