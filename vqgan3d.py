@@ -484,7 +484,7 @@ def main():
             seconds = time.time() - clock
             write_log(log, dict(step=step, **row, lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds,
                                 dead_codes=(vqgan.quantizer.usage < 0.05).sum().item(), memory_gb=peak_memory(device)))
-            bar.set_postfix(mse=f"{row['mse']:.4f}", GB=f"{peak_memory(device):.1f}")
+            bar.set_postfix(mse=f"{row['mse']:.4f}", GB=f"{peak_memory(device):.1f}", refresh=False)
         if caught:
             checkpoint(step + 1)
             raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")

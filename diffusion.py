@@ -1,0 +1,507 @@
+"""Stage 2: a diffusion model of videos, in the latent space of stage 1. Noise in, latents out, and stage 1 paints them.
+
+    python diffusion.py                                     # the toy, after python vqgan3d.py (CPU: about 5 minutes)
+    python diffusion.py --data sky                          # latents of 16 x 128 x 128, one GPU
+    python diffusion.py --data toy --pixels                 # the same U-Net on pixels, without stage 1: the VDM baseline
+
+A 3D U-Net factorised into space and time (VDM, Ho et al. 2022) learns to predict the noise in a noisy latent (DDPM, Ho et al.
+2020). Of the labels a tenth is dropped, so that one network learns the conditional and the unconditional distribution, and
+sampling can exaggerate their difference (classifier-free guidance, Ho & Salimans 2021).
+Writes runs/<data>/: diffusion.pt (stage 1 included: that one file makes videos; the same command again resumes from it),
+diffusion.jsonl (the log), diffusion.gif (samples from fixed noise, one row per class, remade at every evaluation).
+"""
+import copy, dataclasses, hashlib, json, math, os, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+from data import SETS, UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
+from vqgan3d import build_vqgan, catch_signals, load, optimisers, peak_memory, pick_device, resume, save, schedule, write_log
+
+@dataclass
+class Config:
+    data: str = "toy"             # toy, sky, ucf101, or a folder of videos
+    data_dir: str = "datasets"    # where the raw sets and the caches lie
+    out: str = ""                 # folder of this run; empty: runs/<data>, or runs/<data>-pixels
+    vqgan: str = ""               # the stage-1 checkpoint; empty: vqgan.pt in the folder of this run
+    pixels: bool = False          # no stage 1: diffuse the pixels themselves
+    size: int = 64                # with --pixels: pixels a side   (otherwise stage 1 knows,
+    frames: int = 16              # with --pixels: frames of a clip            as it knows
+    stride: int = 1               # with --pixels: source frames from one to the next   the stride)
+    # the network
+    width: int = 128              # channels at the finest level
+    mults: tuple = (1, 2, 4)      # channels of each level in widths; every level halves height and width, never time
+    blocks: int = 2               # residual blocks at each level, on each side
+    attention: int = 16           # attention in space where the grid is at most this high; attention in time is everywhere
+    head_dim: int = 64            # channels of an attention head
+    dropout: float = 0.0          # in the residual blocks
+    # the diffusion
+    timesteps: int = 1000         # T of DDPM
+    noise: str = "cosine"         # schedule of the noise: cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
+    predict: str = "eps"          # what the network predicts: eps, the noise, or v (Salimans & Ho 2022)
+    label_drop: float = 0.1       # part of the labels replaced by the null label, which guidance needs
+    # training
+    steps: int = 200_000          # updates
+    batch_size: int = 64          # clips a step
+    lr: float = 1e-3              # peak learning rate of Muon and Adam: 2% linear warm-up, then cosine to zero
+    ema: float = 0.9999           # decay of the averaged weights, which are the ones that sample; faster in the beginning
+    latents: int = 20_000         # clips encoded once, before training; 0 encodes fresh windows at every step
+    seed: int = 0                 # everything random follows from (seed, step)
+    # running
+    eval_every: int = 5000        # steps between evaluations, previews and checkpoints
+    guidance: float = 2.0         # of the previews
+    device: str = "auto"          # auto, cpu, cuda, mps
+    dtype: str = "auto"           # auto (bfloat16 where the hardware multiplies it), float32, bfloat16
+    fresh: bool = False           # start anew instead of resuming
+
+PRESETS = {
+    "toy":    dict(width=64, mults=(1, 2), head_dim=32, steps=1500, batch_size=32, lr=2e-3, latents=8192, ema=0.995, eval_every=500),
+    "sky":    dict(),
+    "ucf101": dict(),
+}
+MAY_CHANGE = {"data_dir", "out", "vqgan", "steps", "eval_every", "guidance", "device", "fresh"}   # and still be the same run
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the U-Net. Frames are images to a convolution, pixels are sequences to attention in time: x is (B * T, C, H, W) throughout
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions; time step and label scale and shift the second norm."""
+    def __init__(self, C, D, E, dropout):
+        super().__init__()
+        self.norm1, self.conv1 = norm(C), nn.Conv2d(C, D, 3, padding=1)
+        self.emb = nn.Linear(E, 2 * D)
+        self.norm2, self.conv2 = norm(D), nn.Conv2d(D, D, 3, padding=1)
+        self.skip = nn.Conv2d(C, D, 1) if C != D else nn.Identity()
+        self.dropout = dropout
+        nn.init.zeros_(self.conv2.weight)                                     # the block starts as the identity
+
+    def forward(self, x, emb):                                                # (B*T, C, H, W), (B, E)
+        h = self.conv1(F.silu(self.norm1(x)))                                 # (B*T, D, H, W)
+        T = len(x) // len(emb)
+        scale, shift = self.emb(emb).repeat_interleave(T, 0)[:, :, None, None].chunk(2, 1)   # (B*T, D, 1, 1)
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        return self.skip(x) + self.conv2(F.dropout(h, self.dropout, self.training))
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the positions of each frame, or, with time, over the frames at each position.
+
+    In time the queries and keys are rotated by their frame number (RoPE, Su et al. 2021), so that any number of frames will do;
+    in space the convolutions' zero padding already tells where things are.
+    """
+    def __init__(self, C, head_dim, time):
+        super().__init__()
+        self.heads, self.time = max(1, C // head_dim), time
+        self.norm, self.qkv, self.proj = norm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, x, T):                                                  # (B*T, C, H, W)
+        N, C, H, W = x.shape
+        h = self.norm(x).permute(0, 2, 3, 1).reshape(N, H * W, C)             # (B*T, HW, C)
+        if self.time:
+            h = h.view(-1, T, H * W, C).transpose(1, 2).flatten(0, 1)         # (B*HW, T, C)
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (., heads, L, C / heads) each
+        if self.time:
+            q, k = rotate(q), rotate(k)
+        if x.device.type == "cpu":                                            # where bfloat16 attention is 4 times slower
+            q, k, v = q.float(), k.float(), v.float()
+        h = F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2)   # (., L, C)
+        h = self.proj(h)
+        if self.time:
+            h = h.view(-1, H * W, T, C).transpose(1, 2)                       # (B, T, HW, C)
+        return x + h.reshape(N, H, W, C).permute(0, 3, 1, 2)
+
+def norm(C):
+    return nn.GroupNorm(math.gcd(32, C // 4), C)                              # of a single frame: at least 4 channels a group
+
+def rotate(x):
+    """Rotary position embedding of (..., L, D): pairs of channels turn with the position, each pair at its own speed."""
+    L, D = x.shape[-2:]
+    speed = 100.0 ** (-torch.arange(0, D, 2, device=x.device) / D)            # (D / 2,); videos are short, so 100, not 10,000
+    angle = torch.arange(L, device=x.device)[:, None] * speed                 # (L, D / 2)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).to(x.dtype)
+
+class Layer(nn.Module):
+    """Residual block, attention in space on coarse grids, attention in time."""
+    def __init__(self, C, D, E, c, space):
+        super().__init__()
+        self.block, self.time = ResBlock(C, D, E, c.dropout), Attention(D, c.head_dim, time=True)
+        self.space = Attention(D, c.head_dim, time=False) if space else None
+
+    def forward(self, x, emb):
+        x, T = self.block(x, emb), len(x) // len(emb)
+        x = self.space(x, T) if self.space else x
+        return self.time(x, T)
+
+class UNet(nn.Module):
+    """(x (B, C, T, H, W), t (B,) in 0 ... timesteps - 1, label (B,) in 0 ... classes) -> prediction like x.
+
+    Label number `classes` is the null label: any class. With classes = 0 labels are not looked at.
+    """
+    def __init__(self, config, channels, height, classes):
+        super().__init__()
+        c, self.classes = config, classes
+        if height % 2 ** (len(c.mults) - 1):
+            raise UserError(f"the U-Net halves its {height} x {height} grid {len(c.mults) - 1} times, which does not divide: give fewer --mults, or another size or --down in stage 1")
+        E, widths = 4 * c.width, [c.width * m for m in c.mults]
+        space = [height >> i <= c.attention for i in range(len(widths))]
+        self.width = c.width
+        self.emb = nn.Sequential(nn.Linear(c.width, E), nn.SiLU(), nn.Linear(E, E))
+        self.label = nn.Embedding(classes + 1, E) if classes else None
+        self.stem = nn.Conv2d(channels, c.width, 3, padding=1)
+        self.down, self.up, skips, C = nn.ModuleList(), nn.ModuleList(), [c.width], c.width
+        for i, D in enumerate(widths):
+            for _ in range(c.blocks):
+                self.down.append(Layer(C, D, E, c, space[i]))
+                skips.append(C := D)
+            if i < len(widths) - 1:
+                self.down.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
+                skips.append(C)
+        self.middle = nn.ModuleList([Layer(C, C, E, c, True), Layer(C, C, E, c, True)])
+        for i, D in reversed(list(enumerate(widths))):
+            for _ in range(c.blocks + 1):
+                self.up.append(Layer(C + skips.pop(), D, E, c, space[i]))
+                C = D
+            if i:
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1)))
+        self.out = nn.Sequential(norm(C), nn.SiLU(), nn.Conv2d(C, channels, 3, padding=1))
+        nn.init.zeros_(self.out[-1].weight)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x, t, label=None):
+        B, C, T, H, W = x.shape
+        frequency = torch.exp(torch.arange(0, self.width, 2, device=x.device) * (-math.log(10000) / self.width))
+        angle = t[:, None].float() * frequency                                # (B, width / 2)
+        emb = self.emb(torch.cat([angle.cos(), angle.sin()], 1))              # (B, E)
+        if self.label is not None:
+            emb = emb + self.label(torch.full_like(t, self.classes) if label is None else label)
+        emb = F.silu(emb)
+        h = x.transpose(1, 2).flatten(0, 1)                                   # (B*T, C, H, W)
+        h = self.stem(h.contiguous(memory_format=torch.channels_last))        # (B*T, width, H, W)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, Layer) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, Layer) else layer(h)
+        return self.out(h).float().unflatten(0, (B, T)).transpose(1, 2)       # (B, C, T, H, W)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the diffusion: noise levels, and the samplers side by side
+
+class Diffusion:
+    """q(x_t | x_0) = N(sqrt(ab_t) x_0, (1 - ab_t) I), with ab_t = alpha-bar of DDPM, for t = 0 (nearly clean) ... T - 1 (noise)."""
+    def __init__(self, timesteps, noise, predict):
+        if noise not in ("cosine", "linear") or predict not in ("eps", "v"):
+            raise UserError(f"--noise {noise} must be cosine or linear, --predict {predict} eps or v")
+        self.T, self.predict = timesteps, predict
+        if noise == "linear":                                                 # beta from 1e-4 to 0.02 for T = 1000
+            beta = torch.linspace(0.1 / timesteps, 20 / timesteps, timesteps, dtype=torch.float64)
+        else:                                                                 # Nichol & Dhariwal 2021, eq. 17
+            f = torch.cos((torch.linspace(0, 1, timesteps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
+            beta = 1 - f[1:] / f[:-1]
+        self.ab = torch.cumprod(1 - beta.clamp(max=0.999), 0)                 # (T,) float64
+
+    def levels(self, t, like):
+        """sqrt(ab_t), sqrt(1 - ab_t) for a batch of times, shaped to multiply `like`"""
+        ab = self.ab.to(t.device if t.device.type != "mps" else "cpu")[t.to("cpu") if t.device.type == "mps" else t]
+        return (v.float().to(like.device).view(-1, *[1] * (like.dim() - 1)) for v in (ab.sqrt(), (1 - ab).sqrt()))
+
+    def add_noise(self, x0, eps, t):
+        """x_t, and what the network should answer to it"""
+        a, s = self.levels(t, x0)
+        return a * x0 + s * eps, eps if self.predict == "eps" else a * eps - s * x0
+
+    def split(self, x, out, t, bound):
+        """Network output -> (x_0, eps), x_0 clipped to +-bound, where no data lie beyond"""
+        a, s = self.levels(t, x)
+        x0 = ((x - s * out) / a if self.predict == "eps" else a * x - s * out).clamp(-bound, bound)
+        return x0, (x - a * x0) / s
+
+    def times(self, steps):
+        """`steps` times from T - 1 down to 0, evenly spaced"""
+        return torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+
+def guided(unet, labels, scale):
+    """The network under classifier-free guidance: null + scale * (label - null), both halves in one call (Ho & Salimans 2021).
+
+    Scale 1 is the conditional model, 0 the unconditional one; without labels there is nothing to guide.
+    """
+    def network(x, t):
+        if labels is None or not unet.classes:
+            return unet(x, t)
+        if scale == 1:
+            return unet(x, t, labels)
+        null = torch.full_like(labels, unet.classes)
+        label, null = unet(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null])).chunk(2)
+        return torch.lerp(null, label, scale)
+    return network
+
+def ddpm(denoise, d, x, times, randn):
+    """Ancestral sampling (Ho et al. 2020, eq. 6-7), of all times or of some: denoise(x, t) -> (x_0, eps); randn() -> noise like x"""
+    for t, s in zip(times, times[1:] + [None]):
+        x0, _ = denoise(x, t)
+        ab_t, ab_s = float(d.ab[t]), float(d.ab[s]) if s is not None else 1.0
+        beta = 1 - ab_t / ab_s
+        x = (ab_s ** 0.5 * beta * x0 + (ab_t / ab_s) ** 0.5 * (1 - ab_s) * x) / (1 - ab_t)     # posterior mean
+        if s is not None:
+            x = x + (beta * (1 - ab_s) / (1 - ab_t)) ** 0.5 * randn()                          # posterior variance
+        yield x, x0
+
+def ddim(denoise, d, x, times, randn=None):
+    """DDIM without noise (Song et al. 2021, eq. 12, eta = 0)"""
+    for t, s in zip(times, times[1:] + [None]):
+        x0, eps = denoise(x, t)
+        ab_s = float(d.ab[s]) if s is not None else 1.0
+        x = ab_s ** 0.5 * x0 + (1 - ab_s) ** 0.5 * eps
+        yield x, x0
+
+def dpm(denoise, d, x, times, randn=None):
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in lambda = log(alpha / sigma), data prediction"""
+    before = None
+    for t, s in zip(times, times[1:] + [None]):
+        x0, _ = denoise(x, t)
+        if s is None:
+            x = x0
+        else:
+            (a_t, s_t), (a_s, s_s) = ((float(d.ab[i]) ** 0.5, (1 - float(d.ab[i])) ** 0.5) for i in (t, s))
+            h = math.log(a_s / s_s) - math.log(a_t / s_t)
+            D = x0 if before is None else x0 + (x0 - before[0]) * (h / before[1] / 2)
+            x = s_s / s_t * x - a_s * math.expm1(-h) * D
+            before = x0, h
+        yield x, x0
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# both stages together
+
+class System:
+    """Everything that turns noise into videos: U-Net, diffusion, stage 1 (None with --pixels), and the latents' statistics.
+
+    The U-Net sees z of stage 1 shifted and scaled per channel to mean 0 and deviation 1. shape: (C, T, H, W) of one sample.
+    """
+    def __init__(self, config, vqgan, clip, classes, device):
+        c = self.config = config
+        self.vqgan, self.classes, self.clip, self.device, self.step = vqgan, classes, clip, device, 0
+        frames, size, _ = clip
+        if vqgan:
+            down = vqgan.config.down
+            self.shape = vqgan.config.code_dim, frames // down[0], size // down[1], size // down[2]
+        else:
+            self.shape = 3, frames, size, size
+        self.diffusion = Diffusion(c.timesteps, c.noise, c.predict)
+        self.unet = UNet(c, self.shape[0], self.shape[2], len(classes or [])).to(device)
+        self.set_statistics(torch.zeros(self.shape[0]), torch.ones(self.shape[0]), 1.0)
+
+    def set_statistics(self, mean, std, bound):
+        self.mean, self.std, self.bound = mean.view(-1, 1, 1, 1).to(self.device), std.view(-1, 1, 1, 1).to(self.device), bound
+
+    def encode(self, clips):
+        """uint8 (N, T, H, W, 3) -> latents as stage 1 gives them, or the pixels in [-1, 1]"""
+        x = to_float(clips.to(self.device))
+        return self.vqgan.encode(x) if self.vqgan else x
+
+    def decode(self, x):
+        """What the U-Net made -> videos (N, 3, T, H, W) in [-1, 1]: scale back, quantise, decode"""
+        z = x * self.std + self.mean
+        return self.vqgan.decode(self.vqgan.quantize(z)[0]) if self.vqgan else z
+
+    @torch.no_grad()
+    def sample(self, seeds, labels=None, guidance=1.0, sampler="dpm", steps=20, autocast=None, progress=None):
+        """One latent per seed, (N, C, T, H, W). Each has its own stream of noise: the batch it is in does not matter."""
+        if not 1 <= steps <= self.diffusion.T:
+            raise UserError(f"--steps {steps}: from 1 to {self.diffusion.T}, the steps it was trained with")
+        streams = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        randn = lambda: torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
+        network = guided(self.unet, labels, guidance)
+        def denoise(x, t):
+            t = torch.full((len(x),), t, device=self.device)
+            with autocast() if autocast else torch.autocast(self.device.type, enabled=False):
+                out = network(x, t)
+            return self.diffusion.split(x, out, t, self.bound)
+        for x, _ in SAMPLERS[sampler](denoise, self.diffusion, randn(), self.diffusion.times(steps), randn):
+            if progress:
+                progress()
+        return x
+
+def load_diffusion(path, device="cpu"):
+    """The System of a checkpoint: averaged weights, stage 1 included, in eval mode. Its .step is how long it was trained."""
+    state, device = load(path, device), torch.device(device)
+    try:
+        vqgan = build_vqgan(state["vqgan"], device) if state["vqgan"] else None
+        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+        system = System(config, vqgan, tuple(state["clip"]), state["classes"], device)
+        system.unet.load_state_dict(state["ema"])
+        system.set_statistics(*state["statistics"])
+    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path} does not fit stage 2 as it is written now ({first_line(e)}): train anew with --fresh")
+    system.unet.eval().requires_grad_(False)
+    system.step = state["step"]
+    return system
+
+# ----------------------------------------------------------------------------------------------------------------------
+# training
+
+def encode_once(system, videos, n, path, key, autocast):
+    """Latents of n random windows, every video once before any twice, in a float16 memory map: (n, C, T, H, W), labels (n,).
+
+    The file is kept and used again as long as stage 1 and the data, whose hash is its key, stay the same.
+    """
+    rng = np.random.default_rng(0)
+    order = np.concatenate([rng.permutation(len(videos)) for _ in range(-(-n // len(videos)))])[:n]
+    starts = [int(rng.integers(videos.videos[i][1] - videos.span + 1)) for i in order]
+    turn = rng.integers(2, size=n) if videos.flip else np.zeros(n)
+    labels = torch.tensor([videos.videos[i][2] for i in order])
+    note = path.with_suffix(".json")
+    if not (path.exists() and note.exists() and note.read_text() == key):
+        note.unlink(missing_ok=True)
+        latents = np.lib.format.open_memmap(path, "w+", np.float16, (n, *system.shape))
+        for i in tqdm(range(0, n, 16), desc="encoding", unit_scale=16, unit=" clips"):
+            clips = [videos.window(order[k], starts[k])[0][:, :, ::-1 if turn[k] else 1] for k in range(i, min(n, i + 16))]
+            with torch.no_grad(), autocast():
+                latents[i:i + 16] = system.encode(torch.from_numpy(np.stack(clips))).cpu().numpy()
+        latents.flush()
+        note.write_text(key)
+    return np.load(path, mmap_mode="r"), labels
+
+def main():
+    cfg = parse(Config, PRESETS)
+    out = Path(cfg.out or f"runs/{run_name(cfg.data)}{'-pixels' if cfg.pixels else ''}")
+    out.mkdir(parents=True, exist_ok=True)
+    path, log = out / "diffusion.pt", out / "diffusion.jsonl"
+    device, autocast = pick_device(cfg.device, cfg.dtype)
+    torch.manual_seed(cfg.seed)
+
+    # stage 1, and the data it was trained on
+    state, start = resume(path, cfg, MAY_CHANGE, log), 0
+    stage1 = None
+    if not cfg.pixels:                                                        # a resumed run goes on with the stage 1 it began with
+        stage1 = state["vqgan"] if state else {k: v for k, v in load(cfg.vqgan or out / "vqgan.pt").items() if k in ("config", "step", "model")}
+        cfg.frames, cfg.size, cfg.stride = (stage1["config"][k] for k in ("frames", "size", "stride"))
+        print(f"inherited from stage 1, trained for {stage1['step']} steps: {cfg.frames} frames of {cfg.size} x {cfg.size}, stride {cfg.stride}")
+        if run_name(stage1["config"]["data"]) != run_name(cfg.data):
+            print(f"note: stage 1 was trained on {stage1['config']['data']}, this stage is on {cfg.data}")
+    clip, flip = (cfg.frames, cfg.size, cfg.stride), bool(stage1 and stage1["config"]["flip"])
+    train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, flip)
+    test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
+
+    # nets and optimisers; only the U-Net is trained
+    system = System(cfg, build_vqgan(stage1, device) if stage1 else None, clip, train.classes, device)
+    unet, diffusion, classes = system.unet, system.diffusion, len(train.classes or [])
+    ema = copy.deepcopy(unet).requires_grad_(False).eval()
+    opts = optimisers(unet, cfg.lr)
+
+    # the latents, and their statistics
+    latents = None
+    if stage1 and cfg.latents:
+        weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in stage1["model"].values())).hexdigest()
+        key = json.dumps([weights, train.fingerprint, clip, flip, cfg.latents])
+        latents, labels = encode_once(system, train, cfg.latents, out / "latents.npy", key, autocast)
+    def batch(n, rng):
+        """n clean samples as the U-Net sees them, and their labels"""
+        if latents is not None:
+            i = np.sort(rng.integers(len(latents), size=n))
+            z, y = torch.from_numpy(latents[i]).float().to(device), labels[torch.from_numpy(i)]
+        else:
+            clips, y = train.batch(n, rng)
+            with torch.no_grad(), autocast():
+                z = system.encode(clips)
+        return (z - system.mean) / system.std, y.to(device)
+    if state:
+        start = state["step"]
+        unet.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for opt, s in zip(opts, state["opts"]):
+            opt.load_state_dict(s)
+        system.set_statistics(*state["statistics"])
+    elif stage1:
+        z = torch.cat([batch(64, np.random.default_rng((cfg.seed, i)))[0] for i in range(16)])          # (1024, C, T, H, W)
+        mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4)) + 1e-6
+        bound = ((z - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)).abs().max().item()
+        system.set_statistics(mean, std, bound)
+        print(f"latents: mean {[round(v, 3) for v in mean.tolist()]}, deviation {[round(v, 3) for v in std.tolist()]}, all within {bound:.1f} deviations")
+    def checkpoint(step):
+        save(path, dict(config=dataclasses.asdict(cfg), step=step, model=unet.state_dict(), ema=ema.state_dict(), opts=[o.state_dict() for o in opts],
+                        statistics=[system.mean.flatten().cpu(), system.std.flatten().cpu(), system.bound], vqgan=stage1, classes=train.classes, clip=clip))
+
+    # held-out latents with fixed noise and times, for the validation loss; fixed seeds for the previews
+    clips, held_label = test.fixed(128)
+    with torch.no_grad(), autocast():
+        held = (torch.cat([system.encode(c) for c in clips.split(16)]) - system.mean) / system.std
+    generator = torch.Generator().manual_seed(0)
+    held_noise, held_t = torch.randn(held.shape, generator=generator).to(device), (torch.arange(128) * diffusion.T // 128).to(device)
+    held_label = held_label.to(device) if classes else None
+    rows = min(classes, 12) or 4
+    preview = torch.arange(rows, device=device).repeat_interleave(4) if classes else None
+    print(f"U-Net {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters on {' x '.join(map(str, system.shape))}, {classes} classes, {device}, writing {out}/")
+
+    caught, clock, mark, waited = catch_signals(), time.time(), start, 0.0
+    quarters = torch.zeros(2, 4, device=device)                               # sums and counts of the loss by quarter of the times
+    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 2", mininterval=1 if sys.stderr.isatty() else 20)
+    for step in bar:
+        if step % cfg.eval_every == 0 or step == cfg.steps:
+            system.unet = ema
+            with torch.no_grad(), autocast():
+                noisy, target = diffusion.add_noise(held, held_noise, held_t)
+                held_loss = F.mse_loss(torch.cat([ema(*part) for part in zip(*(v.split(32) for v in (noisy, held_t, *([held_label] if classes else []))))]), target).item()
+            z = torch.cat([system.sample(seeds.tolist(), preview[seeds] if classes else None, cfg.guidance, "dpm", 20, autocast) for seeds in torch.arange(4 * rows).split(16)])
+            with torch.no_grad(), autocast():
+                save_grid(out / "diffusion.gif", to_uint8(torch.cat([system.decode(part) for part in z.split(8)])), columns=4)
+            system.unet = unet
+            write_log(log, dict(step=step, held_out_loss=held_loss))
+            bar.write(f"step {step}: held-out loss {held_loss:.4f}")
+            if step > start:
+                checkpoint(step)
+            clock, mark, waited = time.time(), step, 0.0                      # training time alone is timed
+        if step == cfg.steps:
+            break
+        torch.manual_seed(cfg.seed * 1_000_003 + step)                        # every draw of this step follows from here
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = cfg.lr * schedule(step, cfg.steps)
+
+        tick = time.time()
+        x0, label = batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))   # (B, C, T, H, W), (B,)
+        waited += time.time() - tick
+
+        B = len(x0)                                                           # times spread evenly over the batch: less variance
+        t = ((torch.rand(1) + torch.randperm(B) / B) % 1 * diffusion.T).long().clamp(max=diffusion.T - 1).to(device)   # (Kingma et al. 2021)
+        eps = torch.randn(x0.shape).to(device)
+        if classes:                                                           # the null label is trained here
+            label = torch.where((torch.rand(B) < cfg.label_drop).to(device), classes, label)
+        noisy, target = diffusion.add_noise(x0, eps, t)
+        with autocast():
+            prediction = unet(noisy, t, label if classes else None)
+        losses = (prediction - target).square().flatten(1).mean(1)            # (B,)
+        losses.mean().backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        with torch.no_grad():                                                 # the average is young at first: forget faster
+            decay = min(cfg.ema, (1 + step) / (10 + step))
+            for a, b in zip(ema.parameters(), unet.parameters()):
+                a.lerp_(b, 1 - decay)
+            quarters += torch.stack([losses, torch.ones_like(losses)]) @ F.one_hot(t * 4 // diffusion.T, 4).float()
+
+        if step % 20 == 0 or caught:
+            loss = losses.mean().item()
+            if not math.isfinite(loss):
+                raise UserError(f"step {step}: the loss is not finite; {path} still holds the last good step. Lower --lr, then run again")
+            seconds = time.time() - clock
+            write_log(log, dict(step=step, loss=loss, **{f"loss_t{i + 1}": v for i, v in enumerate((quarters[0] / quarters[1].clamp_min(1)).tolist())},
+                                lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds, memory_gb=peak_memory(device)))
+            quarters.zero_()
+            bar.set_postfix(loss=f"{loss:.3f}", GB=f"{peak_memory(device):.1f}", refresh=False)
+        if caught:
+            checkpoint(step + 1)
+            raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")
+    print(f"done: {path}, the log {log}, samples from fixed noise {out / 'diffusion.gif'}")
+
+if __name__ == "__main__":
+    run(main)
