@@ -10,13 +10,15 @@ sampling can exaggerate their difference (classifier-free guidance, Ho & Saliman
 Writes runs/<data>/: diffusion.pt (stage 1 included: that one file makes videos; the same command again resumes from it),
 diffusion.jsonl (the log), diffusion.gif (samples from fixed noise, one row per class, remade at every evaluation).
 """
-import copy, dataclasses, hashlib, json, math, os, sys, time
+import copy, dataclasses, hashlib, json, math, sys, time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from data import SETS, UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
 from vqgan3d import build_vqgan, catch_signals, load, optimisers, peak_memory, pick_device, resume, save, schedule, write_log
@@ -105,9 +107,9 @@ class Attention(nn.Module):
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (., heads, L, C / heads) each
         if self.time:
             q, k = rotate(q), rotate(k)
-        if x.device.type == "cpu":                                            # where bfloat16 attention is 4 times slower
-            q, k, v = q.float(), k.float(), v.float()
-        h = F.scaled_dot_product_attention(q, k, v.to(q.dtype)).transpose(1, 2).flatten(2)   # (., L, C)
+        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():      # 2 to 4 times faster there
+            h = F.scaled_dot_product_attention(q, k, v)                       # (., heads, L, C / heads)
+        h = h.transpose(1, 2).flatten(2)                                      # (., L, C)
         h = self.proj(h)
         if self.time:
             h = h.view(-1, H * W, T, C).transpose(1, 2)                       # (B, T, HW, C)
