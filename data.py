@@ -129,8 +129,17 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
 # ----------------------------------------------------------------------------------------------------------------------
 # the toy set
 
-SHAPES, MOTIONS = ("circle", "square", "triangle"), {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+SHAPES, MOTIONS = ("circle", "cross", "triangle"), {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 TOY_CLASSES = [f"{shape}-{motion}" for shape in SHAPES for motion in MOTIONS]
+
+def toy_distance(shape, dx, dy, radius):
+    """Signed distance in pixels, negative inside, of points (dx, dy) from the centre to the outline of a shape."""
+    if shape == "circle":
+        return np.hypot(dx, dy) - radius
+    if shape == "cross":                                                                 # the union of two bars
+        bar = lambda u, v: np.maximum(abs(u) - radius, abs(v) - 0.38 * radius)
+        return np.minimum(bar(dx, dy), bar(dy, dx))
+    return np.maximum(dy - 0.7 * radius, 0.866 * abs(dx) - 0.5 * dy - 0.7 * radius)      # an equilateral triangle, tip up
 
 def toy_videos(n, frames=16, size=32, seed=0):
     """n videos of one bright shape gliding over a dark gradient; class = shape x direction of motion.
@@ -155,13 +164,7 @@ def toy_videos(n, frames=16, size=32, seed=0):
         t = np.arange(frames)[:, None, None] * speed
         dx = (x - start[0] - motion[0] * t + size / 2) % size - size / 2                 # (T, H, W) from the centre, on the torus
         dy = (y - start[1] - motion[1] * t + size / 2) % size - size / 2
-        if shape == "circle":
-            distance = np.hypot(dx, dy) - radius
-        elif shape == "square":
-            distance = np.maximum(abs(dx), abs(dy)) - 0.95 * radius
-        else:                                                                            # an equilateral triangle, tip up
-            distance = np.maximum(dy - 0.7 * radius, 0.866 * abs(dx) - 0.5 * dy - 0.7 * radius)
-        cover = np.clip(0.5 - distance / 2, 0, 1)[..., None]                             # (T, H, W, 1) an edge two pixels wide
+        cover = np.clip(0.5 - toy_distance(shape, dx, dy, radius) / 2, 0, 1)[..., None]  # (T, H, W, 1), an edge two pixels wide
         videos[i] = np.rint(255 * (ground + (colour - ground) * cover))
     return videos, labels
 
@@ -317,7 +320,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, worke
     old = load_index(index_path)
     if data == "toy":
         n, seed = (8192, 0) if split == "train" else (1024, 1)
-        fingerprint = f"toy 2 {n} {frames} {size} {seed}"
+        fingerprint = f"toy 3 {n} {frames} {size} {seed}"
         if old and old["fingerprint"] == fingerprint:
             return index_path
         check_disk(index_path.parent, n * frames * bytes_a_frame, f"toy {split}")

@@ -148,7 +148,7 @@ class UNet(nn.Module):
         c, self.classes = config, classes
         if height % 2 ** (len(c.mults) - 1):
             raise UserError(f"the U-Net halves its {height} x {height} grid {len(c.mults) - 1} times, which does not divide: give fewer --mults, or another size or --down in stage 1")
-        E, widths = 4 * c.width, [c.width * m for m in c.mults]
+        E, widths = 2 * c.width, [c.width * m for m in c.mults]
         space = [height >> i <= c.attention for i in range(len(widths))]
         self.width = c.width
         self.emb = nn.Sequential(nn.Linear(c.width, E), nn.SiLU(), nn.Linear(E, E))

@@ -13,7 +13,7 @@ It is trained by five losses, each a named term whose weight is a flag:
 Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for bit), vqgan.jsonl (the log), vqgan.gif (held-out
 clips over their reconstructions, remade at every evaluation).
 """
-import dataclasses, json, math, os, resource, signal, sys, time
+import dataclasses, functools, json, math, os, resource, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -254,8 +254,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalise(u):
     """Newton-Schulz iteration towards the nearest matrix with singular values of about 1; u (m, n), m <= n."""
-    u = u.bfloat16() if u.is_cuda else u
-    u = u / (u.norm() + 1e-7)
+    u = (u / (u.norm() + 1e-7)).to(torch.bfloat16 if has_bfloat16(u.device) else u.dtype)
     for _ in range(5):
         a = u @ u.T
         u = 3.4445 * u + (2.0315 * a @ a - 4.7750 * a) @ u                    # the quintic of Jordan et al.
@@ -283,11 +282,16 @@ def pick_device(device="auto", dtype="auto"):
     if dtype not in ("auto", "float32", "bfloat16"):
         raise UserError(f"--dtype {dtype}: auto, float32 or bfloat16 is wanted")
     if dtype == "auto":
-        cpu = any(getattr(torch.cpu, f"_is_{f}_supported", bool)() for f in ("amx_tile", "avx512_bf16"))
-        good = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and cpu
-        dtype = "bfloat16" if good else "float32"
+        dtype = "bfloat16" if has_bfloat16(device) else "float32"
     # a context for each forward: autocast keeps the weights it has cast until it closes, stale once the optimiser has stepped
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+@functools.cache
+def has_bfloat16(device):
+    """Whether the hardware multiplies bfloat16: GPUs since 2020, CPUs with AMX (5 times float32) or AVX512-BF16 (1.7 times)"""
+    if device.type == "cpu":
+        return any(getattr(torch.cpu, f"_is_{f}_supported", bool)() for f in ("amx_tile", "avx512_bf16"))
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 def save(path, state):
     """Write a checkpoint so that a crash at any moment leaves the old file or the new one, never half of one."""
