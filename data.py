@@ -81,6 +81,10 @@ def parse(Config, presets={}, argv=None):
             kind = ints if isinstance(f.default, tuple) else type(f.default)
             parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), help=text)
     flags = vars(parser.parse_args(argv))
+    for k, v in flags.items():
+        least = 0 if isinstance(v, float) or getattr(Config, k) == 0 or k in ("latents", "grid") else 1   # where 0 has a meaning
+        if type(v) in (int, float) and not v >= least:
+            parser.error(f"argument --{k}: {v} is too small")
     name = flags.get("data", Config.data)
     known = {f.name for f in dataclasses.fields(Config)}
     preset = {k: v for k, v in {**SETS.get(name, {}), **presets.get(name, {})}.items() if k in known}
@@ -144,8 +148,8 @@ def toy_distance(shape, dx, dy, radius):
 def toy_videos(n, frames=16, size=32, seed=0):
     """n videos of one bright shape gliding over a dark gradient; class = shape x direction of motion.
 
-    The world is a torus: what leaves on one side enters on the other, so a motion can go on for ever. Colours, place, size
-    and speed are random; edges are two pixels soft, so that sub-pixel motion shows. Returns uint8 (n, frames, size, size, 3)
+    The world is a torus: what leaves on one side enters on the other, so a motion can go on for ever. Colours, place
+    and size are random, the speed is not; edges are two pixels soft, so that sub-pixel places show. Returns uint8 (n, frames, size, size, 3)
     and int64 labels (n,), label = 4 * shape + motion; balanced, in random order, the same for the same seed.
     """
     rng = np.random.default_rng(seed)
@@ -159,7 +163,7 @@ def toy_videos(n, frames=16, size=32, seed=0):
         ground, angle = rng.uniform(0.05, 0.45, (2, 3)), rng.uniform(0, 2 * np.pi)
         ramp = 0.5 + (np.cos(angle) * (x / size - 0.5) + np.sin(angle) * (y / size - 0.5)) / np.sqrt(2)
         ground = ground[0] + (ground[1] - ground[0]) * ramp[..., None]                   # (H, W, 3)
-        radius, speed = size * rng.uniform(0.2, 0.25), size / 32 * rng.uniform(0.8, 1.6)  # speed in pixels a frame
+        radius, speed = size * rng.uniform(0.21, 0.25), size / 32                        # half way round the world in 16 frames
         start = rng.uniform(0, size, 2)
         t = np.arange(frames)[:, None, None] * speed
         dx = (x - start[0] - motion[0] * t + size / 2) % size - size / 2                 # (T, H, W) from the centre, on the torus
@@ -274,7 +278,6 @@ def first_line(e):
 def decode(job):
     """A worker's job: decode one source into a file of raw frames. Returns (number of frames, "") or (0, what is wrong)."""
     path, size, part = job
-    torch.set_num_threads(1)
     n = 0
     with open(part, "wb") as f:
         try:
@@ -290,7 +293,7 @@ def decode(job):
 
 def count_frames(path):
     try:
-        return sum(f.suffix.lower() in IMAGE for f in path.iterdir()) if path.is_dir() else iio.improps(path).shape[0]
+        return sum(f.suffix.lower() in IMAGE for f in path.iterdir()) if path.is_dir() else iio.improps(path, plugin="pillow" if path.suffix.lower() == ".gif" else "pyav").shape[0]
     except Exception:
         return 0                               # only an estimate for the disk check: decode() will name the file
 
@@ -320,7 +323,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, worke
     old = load_index(index_path)
     if data == "toy":
         n, seed = (8192, 0) if split == "train" else (1024, 1)
-        fingerprint = f"toy 3 {n} {frames} {size} {seed}"
+        fingerprint = f"toy 4 {n} {frames} {size} {seed}"
         if old and old["fingerprint"] == fingerprint:
             return index_path
         check_disk(index_path.parent, n * frames * bytes_a_frame, f"toy {split}")
@@ -353,7 +356,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, worke
     if workers < 0:
         workers = min(os.cpu_count() or 1, len(sources) // 16)                           # starting a process costs seconds
     jobs = [(s, size, f"{stem}.{i}.part") for i, (s, _) in enumerate(sources)][len(done):]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) if workers > 1 else None
     try:
         with open(frames_path, "r+b" if done else "wb") as f, open(journal_path, "w") as journal:
             f.truncate(sum(r[1] for r in done) * bytes_a_frame)

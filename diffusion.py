@@ -60,7 +60,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=64, mults=(1, 2), head_dim=32, steps=1500, batch_size=32, lr=2e-3, latents=8192, ema=0.995, eval_every=500),
+    "toy":    dict(width=64, mults=(1, 2), blocks=1, attention=4, head_dim=32, predict="v", steps=1500, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=500),
     "sky":    dict(),
     "ucf101": dict(),
 }
@@ -90,14 +90,20 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over the positions of each frame, or, with time, over the frames at each position.
 
-    In time the queries and keys are rotated by their frame number (RoPE, Su et al. 2021), so that any number of frames will do;
-    in space the convolutions' zero padding already tells where things are.
+    In time a learned bias for each head and distance tells before from after (relative positions, as in VDM), so that any number
+    of frames will do; in space the convolutions' zero padding already tells where things are.
     """
+    REACH = 16                                                                # farther frames count as this far
+
     def __init__(self, C, head_dim, time):
         super().__init__()
         self.heads, self.time = max(1, C // head_dim), time
         self.norm, self.qkv, self.proj = norm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
         nn.init.zeros_(self.proj.weight)
+        if time:                                                              # heads begin by looking at different distances
+            distance = torch.arange(-self.REACH, self.REACH + 1)
+            focus = torch.arange(self.heads)[:, None] % 3 - 1                 # the frame before, this one, the one after
+            self.bias = nn.Parameter(-(distance - focus).abs().float())       # (heads, 2 * REACH + 1)
 
     def forward(self, x, T):                                                  # (B*T, C, H, W)
         N, C, H, W = x.shape
@@ -105,10 +111,13 @@ class Attention(nn.Module):
         if self.time:
             h = h.view(-1, T, H * W, C).transpose(1, 2).flatten(0, 1)         # (B*HW, T, C)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (., heads, L, C / heads) each
+        bias = None
         if self.time:
-            q, k = rotate(q), rotate(k)
+            frame = torch.arange(T, device=x.device)
+            distance = (frame - frame[:, None]).clamp(-self.REACH, self.REACH) + self.REACH
+            bias = self.bias[:, distance].to(q.dtype)                         # (heads, T, T)
         with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():      # 2 to 4 times faster there
-            h = F.scaled_dot_product_attention(q, k, v)                       # (., heads, L, C / heads)
+            h = F.scaled_dot_product_attention(q, k, v, bias)                   # (., heads, L, C / heads)
         h = h.transpose(1, 2).flatten(2)                                      # (., L, C)
         h = self.proj(h)
         if self.time:
@@ -117,14 +126,6 @@ class Attention(nn.Module):
 
 def norm(C):
     return nn.GroupNorm(math.gcd(32, C // 4), C)                              # of a single frame: at least 4 channels a group
-
-def rotate(x):
-    """Rotary position embedding of (..., L, D): pairs of channels turn with the position, each pair at its own speed."""
-    L, D = x.shape[-2:]
-    speed = 100.0 ** (-torch.arange(0, D, 2, device=x.device) / D)            # (D / 2,); videos are short, so 100, not 10,000
-    angle = torch.arange(L, device=x.device)[:, None] * speed                 # (L, D / 2)
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).to(x.dtype)
 
 class Layer(nn.Module):
     """Residual block, attention in space on coarse grids, attention in time."""
@@ -264,7 +265,10 @@ def ddim(denoise, d, x, times, randn=None):
         yield x, x0
 
 def dpm(denoise, d, x, times, randn=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in lambda = log(alpha / sigma), data prediction"""
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): second order in lambda = log(alpha / sigma), data prediction.
+
+    min(1, .) is ours: the last steps are far longer in lambda than those before, and a line drawn so far ahead overshoots.
+    """
     before = None
     for t, s in zip(times, times[1:] + [None]):
         x0, _ = denoise(x, t)
@@ -273,7 +277,7 @@ def dpm(denoise, d, x, times, randn=None):
         else:
             (a_t, s_t), (a_s, s_s) = ((float(d.ab[i]) ** 0.5, (1 - float(d.ab[i])) ** 0.5) for i in (t, s))
             h = math.log(a_s / s_s) - math.log(a_t / s_t)
-            D = x0 if before is None else x0 + (x0 - before[0]) * (h / before[1] / 2)
+            D = x0 if before is None else x0 + (x0 - before[0]) * (min(1, h / before[1]) / 2)
             x = s_s / s_t * x - a_s * math.expm1(-h) * D
             before = x0, h
         yield x, x0
@@ -381,6 +385,7 @@ def main():
     torch.manual_seed(cfg.seed)
 
     # stage 1, and the data it was trained on
+    given = dataclasses.asdict(cfg)                                           # as resume will compare it
     state, start = resume(path, cfg, MAY_CHANGE, log), 0
     stage1 = None
     if not cfg.pixels:                                                        # a resumed run goes on with the stage 1 it began with
@@ -389,12 +394,13 @@ def main():
         print(f"inherited from stage 1, trained for {stage1['step']} steps: {cfg.frames} frames of {cfg.size} x {cfg.size}, stride {cfg.stride}")
         if run_name(stage1["config"]["data"]) != run_name(cfg.data):
             print(f"note: stage 1 was trained on {stage1['config']['data']}, this stage is on {cfg.data}")
+    vqgan = build_vqgan(stage1, device) if stage1 else None
     clip, flip = (cfg.frames, cfg.size, cfg.stride), bool(stage1 and stage1["config"]["flip"])
     train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, flip)
     test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
 
     # nets and optimisers; only the U-Net is trained
-    system = System(cfg, build_vqgan(stage1, device) if stage1 else None, clip, train.classes, device)
+    system = System(cfg, vqgan, clip, train.classes, device)
     unet, diffusion, classes = system.unet, system.diffusion, len(train.classes or [])
     ema = copy.deepcopy(unet).requires_grad_(False).eval()
     opts = optimisers(unet, cfg.lr)
@@ -429,7 +435,7 @@ def main():
         system.set_statistics(mean, std, bound)
         print(f"latents: mean {[round(v, 3) for v in mean.tolist()]}, deviation {[round(v, 3) for v in std.tolist()]}, all within {bound:.1f} deviations")
     def checkpoint(step):
-        save(path, dict(config=dataclasses.asdict(cfg), step=step, model=unet.state_dict(), ema=ema.state_dict(), opts=[o.state_dict() for o in opts],
+        save(path, dict(config=given, step=step, model=unet.state_dict(), ema=ema.state_dict(), opts=[o.state_dict() for o in opts],
                         statistics=[system.mean.flatten().cpu(), system.std.flatten().cpu(), system.bound], vqgan=stage1, classes=train.classes, clip=clip))
 
     # held-out latents with fixed noise and times, for the validation loss; fixed seeds for the previews
@@ -458,6 +464,8 @@ def main():
             system.unet = unet
             write_log(log, dict(step=step, held_out_loss=held_loss))
             bar.write(f"step {step}: held-out loss {held_loss:.4f}")
+            if not math.isfinite(held_loss):
+                raise UserError(f"step {step}: the held-out loss is not finite; lower --lr, then run again")
             if step > start:
                 checkpoint(step)
             clock, mark, waited = time.time(), step, 0.0                      # training time alone is timed

@@ -302,7 +302,8 @@ def reconstruction(vqgan, clips, i3d=None, vgg=None, batch_size=4):
         sums["PSNR"] += (10 * torch.log10(255 ** 2 / mse)).sum().item()
         sums["SSIM"] += ssim(x255, y).sum().item()
         if vgg is not None:
-            sums["VGG"] = sums.get("VGG", 0.0) + vgg(x, y / 127.5 - 1).item() * len(x)
+            frames = (v.transpose(1, 2).flatten(0, 1) for v in (x, y / 127.5 - 1))           # (B * T, 3, H, W)
+            sums["VGG"] = sums.get("VGG", 0.0) + vgg(*frames).item() * len(x)
         if i3d is not None:
             for side, video in zip(logits, (clip, y.permute(0, 2, 3, 4, 1).to(torch.uint8))):
                 side.append(i3d_logits(i3d, video.cpu().numpy(), batch_size))

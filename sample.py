@@ -53,6 +53,7 @@ def choose_classes(text, classes, n):
 @torch.no_grad()
 def reconstruct(cfg, path, out, device, autocast):
     vqgan = load_vqgan(path, device)
+    out.mkdir(parents=True, exist_ok=True)
     c = vqgan.config
     clips = Videos(cfg.data, cfg.data_dir, "test", c.size, c.frames, c.stride).fixed(cfg.n or 16)[0]
     y = []
@@ -69,7 +70,6 @@ def main():
     cfg = parse(Config)
     path = Path(cfg.checkpoint or f"runs/{run_name(cfg.data)}/{'vqgan' if cfg.reconstruct else 'diffusion'}.pt")
     out = Path(cfg.out or path.parent)
-    out.mkdir(parents=True, exist_ok=True)
     device, autocast = pick_device(cfg.device, cfg.dtype)
     if cfg.sampler not in SAMPLERS:
         raise UserError(f"--sampler {cfg.sampler}: one of {', '.join(SAMPLERS)} is wanted")
@@ -77,6 +77,7 @@ def main():
         return reconstruct(cfg, path, out, device, autocast)
 
     system = load_diffusion(path, device)
+    out.mkdir(parents=True, exist_ok=True)
     n = cfg.n or (4 * len(system.classes) if system.classes else 16)
     labels = choose_classes(cfg.classes, system.classes, n)
     guidance = system.config.guidance if cfg.guidance < 0 else cfg.guidance

@@ -65,7 +65,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=32, codes=1024, perceptual=0.0, steps=3000, batch_size=4, disc_width=16, eval_every=500),
+    "toy":    dict(width=32, codes=2048, perceptual=0.0, steps=3500, disc_start=0.75, gan_start=0.8, batch_size=4, disc_width=16, eval_every=500, eval_clips=128),
     "sky":    dict(),
     "ucf101": dict(),
 }
@@ -85,12 +85,19 @@ class Norm(nn.Module):
         with torch.autocast(x.device.type, enabled=False):                    # stay in x's dtype: this is bound by memory
             return F.layer_norm(x.movedim(1, -1), gain.shape, gain, bias).movedim(-1, 1)
 
+class Conv(nn.Conv3d):
+    """Over exactly two frames oneDNN's padding of a time kernel makes nonsense of bfloat16 gradients (torch 2.13): pad by hand."""
+    def forward(self, x):
+        if x.shape[2] == 2 and self.padding[0]:
+            return F.conv3d(F.pad(x, (0, 0, 0, 0, 1, 1)), self.weight, self.bias, self.stride, (0, *self.padding[1:]))
+        return super().forward(x)
+
 class Block(nn.Module):
     """Residual block: a convolution in space, then one in time."""
     def __init__(self, C):
         super().__init__()
         self.norm = Norm(C)
-        self.space, self.time = nn.Conv3d(C, C, (1, 3, 3), padding=(0, 1, 1)), nn.Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0))
+        self.space, self.time = Conv(C, C, (1, 3, 3), padding=(0, 1, 1)), Conv(C, C, (3, 1, 1), padding=(1, 0, 0))
         nn.init.zeros_(self.time.weight)                                      # the block starts as the identity
     def forward(self, x):                                                     # (B, C, T, H, W)
         return x + self.time(F.silu(self.space(self.norm(x))))
@@ -183,7 +190,7 @@ class VQGAN(nn.Module):
             last = C
         self.encoder = nn.Sequential(*encoder, Norm(C), nn.Conv3d(C, c.code_dim, 1))
         self.quantizer = Quantizer(c.codes, c.code_dim)
-        self.decoder = nn.Sequential(nn.Conv3d(c.code_dim, C, 3, padding=1), *decoder)
+        self.decoder = nn.Sequential(Conv(c.code_dim, C, 3, padding=1), *decoder)
         self.to(memory_format=torch.channels_last_3d)                         # the layout that convolutions are fastest in
 
     def encode(self, x):
@@ -211,7 +218,7 @@ class Discriminator(nn.Module):
         while max(shape) > 4:                                                 # an axis of 4 is left alone till all are there
             D = min(width * 2 ** len(layers), 8 * width)
             halve = [n > 4 for n in shape]
-            conv = nn.Conv3d(C, D, tuple(4 if h else 3 for h in halve), tuple(2 if h else 1 for h in halve), 1, bias=not layers)
+            conv = Conv(C, D, tuple(4 if h else 3 for h in halve), tuple(2 if h else 1 for h in halve), 1, bias=not layers)
             norm = nn.BatchNorm3d(D, track_running_stats=False) if layers else nn.Identity()
             layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
             shape, C = tuple(n // 2 if h else n for n, h in zip(shape, halve)), D
@@ -429,6 +436,8 @@ def main():
             save_grid(out / "vqgan.gif", side_by_side(clips[:8], y[:8]), columns=min(8, len(y)))
             write_log(log, dict(step=step, **scores))
             bar.write(f"step {step}: held-out PSNR {scores['psnr']:.2f} dB, codes used {scores['usage']:.1%}, perplexity {scores['perplexity']:.0f}")
+            if not math.isfinite(scores["psnr"]):
+                raise UserError(f"step {step}: the reconstruction is not finite; lower --lr, then run again")
             if step > start:
                 checkpoint(step)
             clock, mark, waited = time.time(), step, 0.0                      # training time alone is timed
@@ -452,7 +461,8 @@ def main():
         loss = cfg.mse * losses["mse"]
         if vgg:
             with autocast():
-                losses["perceptual"] = vgg(*(v[range(len(v)), :, torch.randint(cfg.frames, (len(v),))] for v in (x, y)))   # one frame a clip
+                i = range(len(x)), slice(None), torch.randint(cfg.frames, (len(x),))     # one frame a clip, the same of both
+                losses["perceptual"] = vgg(x[i], y[i])
             loss = loss + cfg.perceptual * losses["perceptual"]
         pull, = torch.autograd.grad(loss, y)
         if disc and step >= cfg.gan_start * cfg.steps:
