@@ -115,8 +115,8 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
     """Write uint8 videos (N, T, H, W, 3) as one looping GIF, or an mp4 if the path ends so; small ones are enlarged."""
     N, T, H, W, _ = videos.shape
     columns = columns or int(np.ceil(np.sqrt(N)))
-    zoom = zoom or max(1, min(192 // H, 960 // (columns * W)))
     rows = -(-N // columns)
+    zoom = zoom or max(1, min(192 // H, 960 // (columns * W), 1200 // (rows * H)))
     grid = np.full((T, rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 255, np.uint8)     # one white pixel between videos
     for i, v in enumerate(videos):
         y, x = i // columns * (H + 1), i % columns * (W + 1)

@@ -37,7 +37,7 @@ class Config:
     width: int = 128              # channels at the finest level
     mults: tuple = (1, 2, 4)      # channels of each level in widths; every level halves height and width, never time
     blocks: int = 2               # residual blocks at each level, on each side
-    attention: int = 16           # attention in space where the grid is at most this high; attention in time is everywhere
+    attention: int = 16           # attention in space and time where the grid is at most this high, elsewhere in time only
     head_dim: int = 64            # channels of an attention head
     dropout: float = 0.0          # in the residual blocks
     # the diffusion
@@ -60,7 +60,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=64, mults=(1, 2), blocks=1, attention=4, head_dim=32, predict="v", steps=1500, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=500),
+    "toy":    dict(width=64, mults=(1, 2), blocks=1, attention=8, head_dim=32, predict="v", steps=1500, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=500),
     "sky":    dict(),
     "ucf101": dict(),
 }
@@ -88,56 +88,54 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.dropout(h, self.dropout, self.training))
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the positions of each frame, or, with time, over the frames at each position.
+    """Multi-head self-attention: over the frames at each position, or, on the `grid` of a coarse level, over all positions of all
+    frames, which is what lets a thing that moves keep its colour and its direction.
 
-    In time a learned bias for each head and distance tells before from after (relative positions, as in VDM), so that any number
-    of frames will do; in space the convolutions' zero padding already tells where things are.
+    A learned bias for each head and relative position (as in VDM; here in time, height and width) tells before from after. In
+    time it is the same for all distances beyond REACH, so that any number of frames will do.
     """
-    REACH = 16                                                                # farther frames count as this far
+    REACH = 16
 
-    def __init__(self, C, head_dim, time):
+    def __init__(self, C, head_dim, grid=1):
         super().__init__()
-        self.heads, self.time = max(1, C // head_dim), time
+        self.heads, self.grid = max(1, C // head_dim), grid
         self.norm, self.qkv, self.proj = norm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
         nn.init.zeros_(self.proj.weight)
-        if time:                                                              # heads begin by looking at different distances
-            distance = torch.arange(-self.REACH, self.REACH + 1)
-            focus = torch.arange(self.heads)[:, None] % 3 - 1                 # the frame before, this one, the one after
-            self.bias = nn.Parameter(-(distance - focus).abs().float())       # (heads, 2 * REACH + 1)
+        distance = torch.arange(-self.REACH, self.REACH + 1)[:, None]
+        focus = torch.arange(self.heads) % 3 - 1                              # heads begin with the frame before, this one, the one after
+        bias = -(distance - focus).abs().float()                              # (2 * REACH + 1, heads)
+        self.bias = nn.Parameter(bias.repeat_interleave((2 * grid - 1) ** 2, 0))   # one row for each (time, height, width) distance
+
+    def positions(self, T, device):
+        """Row of the bias for each pair of the T * grid * grid positions: (L, L)"""
+        axes = torch.meshgrid(*(torch.arange(n, device=device) for n in (T, self.grid, self.grid)), indexing="ij")
+        t, y, x = (a.flatten() - a.flatten()[:, None] for a in axes)          # (L, L) each
+        span = 2 * self.grid - 1
+        return ((t.clamp(-self.REACH, self.REACH) + self.REACH) * span + y + self.grid - 1) * span + x + self.grid - 1
 
     def forward(self, x, T):                                                  # (B*T, C, H, W)
         N, C, H, W = x.shape
-        h = self.norm(x).permute(0, 2, 3, 1).reshape(N, H * W, C)             # (B*T, HW, C)
-        if self.time:
-            h = h.view(-1, T, H * W, C).transpose(1, 2).flatten(0, 1)         # (B*HW, T, C)
+        h = self.norm(x).permute(0, 2, 3, 1).reshape(-1, T, H * W, C)         # (B, T, HW, C)
+        h = h.flatten(1, 2) if self.grid > 1 else h.transpose(1, 2).flatten(0, 1)   # (B, T*HW, C) or (B*HW, T, C)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (., heads, L, C / heads) each
-        bias = None
-        if self.time:
-            frame = torch.arange(T, device=x.device)
-            distance = (frame - frame[:, None]).clamp(-self.REACH, self.REACH) + self.REACH
-            bias = self.bias[:, distance].to(q.dtype)                         # (heads, T, T)
-        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():      # 2 to 4 times faster there
-            h = F.scaled_dot_product_attention(q, k, v, bias)                   # (., heads, L, C / heads)
-        h = h.transpose(1, 2).flatten(2)                                      # (., L, C)
-        h = self.proj(h)
-        if self.time:
-            h = h.view(-1, H * W, T, C).transpose(1, 2)                       # (B, T, HW, C)
+        bias = F.embedding(self.positions(T, x.device), self.bias).permute(2, 0, 1).to(q.dtype)   # (heads, L, L)
+        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():   # 2 to 4 times faster there
+            h = F.scaled_dot_product_attention(q, k, v, bias)                 # (., heads, L, C / heads)
+        h = self.proj(h.transpose(1, 2).flatten(2))                           # (., L, C)
+        h = h if self.grid > 1 else h.view(-1, H * W, T, C).transpose(1, 2)   # (B, T, HW, C)
         return x + h.reshape(N, H, W, C).permute(0, 3, 1, 2)
 
 def norm(C):
     return nn.GroupNorm(math.gcd(32, C // 4), C)                              # of a single frame: at least 4 channels a group
 
 class Layer(nn.Module):
-    """Residual block, attention in space on coarse grids, attention in time."""
-    def __init__(self, C, D, E, c, space):
+    """Residual block, then attention: in time, or on a coarse grid in space and time at once."""
+    def __init__(self, C, D, E, c, grid):
         super().__init__()
-        self.block, self.time = ResBlock(C, D, E, c.dropout), Attention(D, c.head_dim, time=True)
-        self.space = Attention(D, c.head_dim, time=False) if space else None
+        self.block, self.attention = ResBlock(C, D, E, c.dropout), Attention(D, c.head_dim, grid)
 
     def forward(self, x, emb):
-        x, T = self.block(x, emb), len(x) // len(emb)
-        x = self.space(x, T) if self.space else x
-        return self.time(x, T)
+        return self.attention(self.block(x, emb), len(x) // len(emb))
 
 class UNet(nn.Module):
     """(x (B, C, T, H, W), t (B,) in 0 ... timesteps - 1, label (B,) in 0 ... classes) -> prediction like x.
@@ -150,7 +148,7 @@ class UNet(nn.Module):
         if height % 2 ** (len(c.mults) - 1):
             raise UserError(f"the U-Net halves its {height} x {height} grid {len(c.mults) - 1} times, which does not divide: give fewer --mults, or another size or --down in stage 1")
         E, widths = 2 * c.width, [c.width * m for m in c.mults]
-        space = [height >> i <= c.attention for i in range(len(widths))]
+        grids = [height >> i if height >> i <= c.attention else 1 for i in range(len(widths))]   # 1: attention in time only
         self.width = c.width
         self.emb = nn.Sequential(nn.Linear(c.width, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(classes + 1, E) if classes else None
@@ -158,15 +156,15 @@ class UNet(nn.Module):
         self.down, self.up, skips, C = nn.ModuleList(), nn.ModuleList(), [c.width], c.width
         for i, D in enumerate(widths):
             for _ in range(c.blocks):
-                self.down.append(Layer(C, D, E, c, space[i]))
+                self.down.append(Layer(C, D, E, c, grids[i]))
                 skips.append(C := D)
             if i < len(widths) - 1:
                 self.down.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
                 skips.append(C)
-        self.middle = nn.ModuleList([Layer(C, C, E, c, True), Layer(C, C, E, c, True)])
+        self.middle = nn.ModuleList([Layer(C, C, E, c, height >> len(widths) - 1) for _ in range(2)])
         for i, D in reversed(list(enumerate(widths))):
             for _ in range(c.blocks + 1):
-                self.up.append(Layer(C + skips.pop(), D, E, c, space[i]))
+                self.up.append(Layer(C + skips.pop(), D, E, c, grids[i]))
                 C = D
             if i:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1)))

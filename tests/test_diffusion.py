@@ -120,19 +120,20 @@ def test_time_attention_sees_the_order_of_the_frames():
     x, t = torch.randn(1, 3, 4, 8, 8), torch.tensor([20])
     assert (unet(x[:, :, order], t) - unet(x, t)[:, :, order]).abs().max() > 1e-2
     torch.manual_seed(0)
-    space, time = (Attention(16, 8, time=kind) for kind in (False, True))
-    for attention in (space, time):
+    time, everywhere = Attention(16, 8), Attention(16, 8, grid=2)
+    for attention in (time, everywhere):
         torch.nn.init.normal_(attention.proj.weight)
+        attention.norm = torch.nn.Identity()                                       # which ties the pixels of a frame together
     h = torch.randn(4, 16, 2, 2)                                                   # 4 frames of one video
     late = h.clone()
-    late[3] += torch.randn_like(late[3])
-    touched = lambda f: (f(late, 4) - f(h, 4)).abs().amax((1, 2, 3)) > 1e-4
-    assert touched(space).tolist() == [False, False, False, True] and touched(time).all()
+    late[3, :, 0, 0] += torch.randn(16)                                            # a change at one place of the last frame
+    touched = lambda f: (f(late, 4) - f(h, 4)).abs().amax(1) > 1e-4                 # (T, H, W)
+    assert touched(everywhere).all() and touched(time)[:, 0, 0].all() and touched(time).sum() == 4
 
 def test_time_attention_knows_relative_positions_only():
     """Positions that tie a video to the frame numbers it was trained at, or that do not tell before from after."""
     torch.manual_seed(0)
-    attention, C, T = Attention(16, 8, time=True), 16, 12
+    attention, C, T = Attention(16, 8), 16, 12
     for p in attention.parameters():
         p.data.normal_()
     attention.norm = torch.nn.Identity()                                           # all frames ask and answer alike ...
