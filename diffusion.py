@@ -1,6 +1,6 @@
 """Stage 2: a diffusion model of videos, in the latent space of stage 1. Noise in, latents out, and stage 1 paints them.
 
-    python diffusion.py                                     # the toy, after python vqgan3d.py (CPU: about 5 minutes)
+    python diffusion.py                                     # the toy, after python vqgan3d.py (CPU: about 10 minutes)
     python diffusion.py --data sky                          # latents of 16 x 128 x 128, one GPU
     python diffusion.py --data toy --pixels                 # the same U-Net on pixels, without stage 1: the VDM baseline
 
