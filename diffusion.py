@@ -119,7 +119,7 @@ class Attention(nn.Module):
         h = h.flatten(1, 2) if self.grid > 1 else h.transpose(1, 2).flatten(0, 1)   # (B, T*HW, C) or (B*HW, T, C)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (., heads, L, C / heads) each
         bias = F.embedding(self.positions(T, x.device), self.bias).permute(2, 0, 1).to(q.dtype)   # (heads, L, L)
-        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():   # 2 to 4 times faster there
+        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():   # its flash kernel is slow on short sequences
             h = F.scaled_dot_product_attention(q, k, v, bias)                 # (., heads, L, C / heads)
         h = self.proj(h.transpose(1, 2).flatten(2))                           # (., L, C)
         h = h if self.grid > 1 else h.view(-1, H * W, T, C).transpose(1, 2)   # (B, T, HW, C)

@@ -1,6 +1,6 @@
 """Stage 1: a 3D VQGAN. It compresses a video to a small grid of codes and paints it back.
 
-    video (3, 16, 128, 128) -> encoder -> z (8, 4, 32, 32) -> nearest codes -> decoder -> video
+    video (3, 16, 128, 128) -> encoder -> z (6, 4, 32, 32) -> nearest codes -> decoder -> video
 
     python vqgan3d.py                                        # the toy, on anything (CPU: about 5 minutes)
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
@@ -295,7 +295,7 @@ def pick_device(device="auto", dtype="auto"):
 
 @functools.cache
 def has_bfloat16(device):
-    """Whether the hardware multiplies bfloat16: GPUs since 2020, CPUs with AMX (5 times float32) or AVX512-BF16 (1.7 times)"""
+    """Whether the hardware multiplies bfloat16: GPUs since 2020, CPUs with AMX or AVX512-BF16"""
     if device.type == "cpu":
         return any(getattr(torch.cpu, f"_is_{f}_supported", bool)() for f in ("amx_tile", "avx512_bf16"))
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
