@@ -133,17 +133,15 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
 # ----------------------------------------------------------------------------------------------------------------------
 # the toy set
 
-SHAPES, MOTIONS = ("circle", "cross", "triangle"), {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
+SHAPES, MOTIONS = ("circle", "column", "bar"), {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
 TOY_CLASSES = [f"{shape}-{motion}" for shape in SHAPES for motion in MOTIONS]
 
 def toy_distance(shape, dx, dy, radius):
     """Signed distance in pixels, negative inside, of points (dx, dy) from the centre to the outline of a shape."""
     if shape == "circle":
         return np.hypot(dx, dy) - radius
-    if shape == "cross":                                                                 # the union of two bars
-        bar = lambda u, v: np.maximum(abs(u) - radius, abs(v) - 0.38 * radius)
-        return np.minimum(bar(dx, dy), bar(dy, dx))
-    return np.maximum(dy - 0.7 * radius, 0.866 * abs(dx) - 0.5 * dy - 0.7 * radius)      # an equilateral triangle, tip up
+    along, across = (dy, dx) if shape == "column" else (dx, dy)                          # a rod with round ends, upright or lying
+    return np.hypot(across, np.maximum(np.abs(along) - 0.8 * radius, 0)) - 0.5 * radius
 
 def toy_videos(n, frames=16, size=32, seed=0):
     """n videos of one bright shape gliding over a dark gradient; class = shape x direction of motion.
@@ -323,7 +321,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, worke
     old = load_index(index_path)
     if data == "toy":
         n, seed = (8192, 0) if split == "train" else (1024, 1)
-        fingerprint = f"toy 4 {n} {frames} {size} {seed}"
+        fingerprint = f"toy 5 {n} {frames} {size} {seed}"
         if old and old["fingerprint"] == fingerprint:
             return index_path
         check_disk(index_path.parent, n * frames * bytes_a_frame, f"toy {split}")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from data import SETS, UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
-from vqgan3d import build_vqgan, catch_signals, load, optimisers, peak_memory, pick_device, resume, save, schedule, write_log
+from vqgan3d import Conv, build_vqgan, catch_signals, load, optimisers, peak_memory, pick_device, resume, save, schedule, write_log
 
 @dataclass
 class Config:
@@ -45,6 +45,7 @@ class Config:
     noise: str = "cosine"         # schedule of the noise: cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
     predict: str = "eps"          # what the network predicts: eps, the noise, or v (Salimans & Ho 2022)
     label_drop: float = 0.1       # part of the labels replaced by the null label, which guidance needs
+    context: float = 0.25         # part of the clips that are trained with their first frames given, which continuing a video needs
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
@@ -60,30 +61,35 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=64, mults=(1, 2), blocks=1, attention=8, head_dim=32, predict="v", steps=1500, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=500),
+    "toy":    dict(width=64, mults=(1, 2), blocks=1, attention=8, head_dim=32, predict="v", steps=1000, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=500),
     "sky":    dict(),
     "ucf101": dict(),
 }
 MAY_CHANGE = {"data_dir", "out", "vqgan", "steps", "eval_every", "guidance", "device", "fresh"}   # and still be the same run
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the U-Net. Frames are images to a convolution, pixels are sequences to attention in time: x is (B * T, C, H, W) throughout
+# the U-Net. Frames are images to a convolution in space, x is (B * T, C, H, W) throughout
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions; time step and label scale and shift the second norm."""
+    """A convolution in space, one in time, and one in space; noise level and label scale and shift what comes between them.
+
+    That the time is mixed before the label has its say matters: "what was to the left a frame ago" must be a channel for
+    "moving right" to switch on. With attention alone to mix the frames, the toy's directions stayed at chance.
+    """
     def __init__(self, C, D, E, dropout):
         super().__init__()
         self.norm1, self.conv1 = norm(C), nn.Conv2d(C, D, 3, padding=1)
+        self.time = Conv(D, D, (3, 1, 1), padding=(1, 0, 0))
         self.emb = nn.Linear(E, 2 * D)
         self.norm2, self.conv2 = norm(D), nn.Conv2d(D, D, 3, padding=1)
         self.skip = nn.Conv2d(C, D, 1) if C != D else nn.Identity()
         self.dropout = dropout
         nn.init.zeros_(self.conv2.weight)                                     # the block starts as the identity
 
-    def forward(self, x, emb):                                                # (B*T, C, H, W), (B, E)
+    def forward(self, x, emb, T):                                             # (B*T, C, H, W), (B*T, E)
         h = self.conv1(F.silu(self.norm1(x)))                                 # (B*T, D, H, W)
-        T = len(x) // len(emb)
-        scale, shift = self.emb(emb).repeat_interleave(T, 0)[:, :, None, None].chunk(2, 1)   # (B*T, D, 1, 1)
+        h = self.time(h.unflatten(0, (-1, T)).transpose(1, 2)).transpose(1, 2).flatten(0, 1)
+        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)            # (B*T, D, 1, 1)
         h = F.silu(self.norm2(h) * (1 + scale) + shift)
         return self.skip(x) + self.conv2(F.dropout(h, self.dropout, self.training))
 
@@ -132,15 +138,17 @@ class Layer(nn.Module):
     """Residual block, then attention: in time, or on a coarse grid in space and time at once."""
     def __init__(self, C, D, E, c, grid):
         super().__init__()
-        self.block, self.attention = ResBlock(C, D, E, c.dropout), Attention(D, c.head_dim, grid)
+        self.block = ResBlock(C, D, E, c.dropout)
+        self.attention = Attention(D, c.head_dim, grid)
 
-    def forward(self, x, emb):
-        return self.attention(self.block(x, emb), len(x) // len(emb))
+    def forward(self, x, emb, T):
+        return self.attention(self.block(x, emb, T), T)
 
 class UNet(nn.Module):
-    """(x (B, C, T, H, W), t (B,) in 0 ... timesteps - 1, label (B,) in 0 ... classes) -> prediction like x.
+    """(x (B, C, T, H, W), t (B,) or (B, T) in 0 ... timesteps - 1, label (B,) in 0 ... classes) -> prediction like x.
 
-    Label number `classes` is the null label: any class. With classes = 0 labels are not looked at.
+    Each frame may have a noise level of its own: given frames have t = 0. Label number `classes` is the null label: any class.
+    With classes = 0 labels are not looked at.
     """
     def __init__(self, config, channels, height, classes):
         super().__init__()
@@ -170,26 +178,28 @@ class UNet(nn.Module):
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1)))
         self.out = nn.Sequential(norm(C), nn.SiLU(), nn.Conv2d(C, channels, 3, padding=1))
         nn.init.zeros_(self.out[-1].weight)
-        self.to(memory_format=torch.channels_last)
+        for m in self.modules():                                              # the layout that convolutions are fastest in
+            if isinstance(m, nn.Conv2d):
+                m.to(memory_format=torch.channels_last)
 
     def forward(self, x, t, label=None):
         B, C, T, H, W = x.shape
         frequency = torch.exp(torch.arange(0, self.width, 2, device=x.device) * (-math.log(10000) / self.width))
-        angle = t[:, None].float() * frequency                                # (B, width / 2)
-        emb = self.emb(torch.cat([angle.cos(), angle.sin()], 1))              # (B, E)
+        angle = t.view(B, -1, 1).float() * frequency                          # (B, 1 or T, width / 2)
+        emb = self.emb(torch.cat([angle.cos(), angle.sin()], -1))             # (B, 1 or T, E)
         if self.label is not None:
-            emb = emb + self.label(torch.full_like(t, self.classes) if label is None else label)
-        emb = F.silu(emb)
+            emb = emb + self.label(torch.full((B,), self.classes, device=x.device) if label is None else label)[:, None]
+        emb = F.silu(emb).expand(B, T, -1).flatten(0, 1)                      # (B*T, E)
         h = x.transpose(1, 2).flatten(0, 1)                                   # (B*T, C, H, W)
         h = self.stem(h.contiguous(memory_format=torch.channels_last))        # (B*T, width, H, W)
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, Layer) else layer(h)
+            h = layer(h, emb, T) if isinstance(layer, Layer) else layer(h)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, emb)
+            h = layer(h, emb, T)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], 1), emb) if isinstance(layer, Layer) else layer(h)
+            h = layer(torch.cat([h, skips.pop()], 1), emb, T) if isinstance(layer, Layer) else layer(h)
         return self.out(h).float().unflatten(0, (B, T)).transpose(1, 2)       # (B, C, T, H, W)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -314,25 +324,36 @@ class System:
     def decode(self, x):
         """What the U-Net made -> videos (N, 3, T, H, W) in [-1, 1]: scale back, quantise, decode"""
         z = x * self.std + self.mean
-        return self.vqgan.decode(self.vqgan.quantize(z)[0]) if self.vqgan else z
+        return self.vqgan.decode_long(self.vqgan.quantize(z)[0], 4 * self.shape[1]) if self.vqgan else z
 
     @torch.no_grad()
-    def sample(self, seeds, labels=None, guidance=1.0, sampler="dpm", steps=20, autocast=None, progress=None):
-        """One latent per seed, (N, C, T, H, W). Each has its own stream of noise: the batch it is in does not matter."""
+    def sample(self, seeds, labels=None, guidance=1.0, sampler="dpm", steps=20, autocast=None, progress=None, context=None, length=0):
+        """One latent per seed, (N, C, length, H, W). Each has its own stream of noise: the batch it is in does not matter.
+
+        The U-Net knows clips of T frames. What is longer is made window by window, each continuing the last half of what is
+        there already. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
+        progress(x, x_0) is called after each step.
+        """
         if not 1 <= steps <= self.diffusion.T:
             raise UserError(f"--steps {steps}: from 1 to {self.diffusion.T}, the steps it was trained with")
-        streams = [torch.Generator().manual_seed(int(s)) for s in seeds]
+        T, streams = self.shape[1], [torch.Generator().manual_seed(int(s)) for s in seeds]
         randn = lambda: torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
         network = guided(self.unet, labels, guidance)
-        def denoise(x, t):
-            t = torch.full((len(x),), t, device=self.device)
-            with autocast() if autocast else torch.autocast(self.device.type, enabled=False):
-                out = network(x, t)
-            return self.diffusion.split(x, out, t, self.bound)
-        for x, _ in SAMPLERS[sampler](denoise, self.diffusion, randn(), self.diffusion.times(steps), randn):
-            if progress:
-                progress()
-        return x
+        video = randn()[:, :, :0] if context is None else context
+        while video.shape[2] < (length or T):
+            given = video[:, :, max(0, video.shape[2] - max(1, T // 2)):]     # (N, C, K, H, W), K <= T / 2
+            K = given.shape[2]
+            def denoise(x, t):
+                x, times = torch.cat([given, x[:, :, K:]], 2), torch.full((len(x), T), t, device=self.device)
+                times[:, :K] = 0                                              # they are clean
+                with autocast() if autocast else torch.autocast(self.device.type, enabled=False):
+                    out = network(x, times)
+                return self.diffusion.split(x, out, times[:, -1], self.bound)
+            for x, x0 in SAMPLERS[sampler](denoise, self.diffusion, randn(), self.diffusion.times(steps), randn):
+                if progress:
+                    progress(x, x0)
+            video = torch.cat([video, x[:, :, K:]], 2)
+        return video[:, :, :length or T]
 
 def load_diffusion(path, device="cpu"):
     """The System of a checkpoint: averaged weights, stage 1 included, in eval mode. Its .step is how long it was trained."""
@@ -484,9 +505,14 @@ def main():
         if classes:                                                           # the null label is trained here
             label = torch.where((torch.rand(B) < cfg.label_drop).to(device), classes, label)
         noisy, target = diffusion.add_noise(x0, eps, t)
+        T = x0.shape[2]                                                       # of some clips the first frames are given: clean
+        clean = torch.arange(T) < torch.where(torch.rand(B) < cfg.context, torch.randint(T, (B,)), 0)[:, None]   # (B, T)
+        clean = clean.to(device)
+        noisy = torch.where(clean[:, None, :, None, None], x0, noisy)
         with autocast():
-            prediction = unet(noisy, t, label if classes else None)
-        losses = (prediction - target).square().flatten(1).mean(1)            # (B,)
+            prediction = unet(noisy, t[:, None].masked_fill(clean, 0), label if classes else None)
+        losses = (prediction - target).square().mean((1, 3, 4))               # (B, T), and of these nothing is learnt
+        losses = losses.masked_fill(clean, 0).sum(1) / (~clean).sum(1)        # (B,)
         losses.mean().backward()
         for opt in opts:
             opt.step()

@@ -4,18 +4,24 @@
     python sample.py --data sky --n 16 --mp4                # 16 videos of the model in runs/sky
     python sample.py --data ucf101 --classes Bend,JumpingJack --guidance 3
     python sample.py --data sky --n 2048 --grid 0           # enough for python evaluate.py --data sky
+    python sample.py --frames 128                           # longer than the clips of training, window by window
+    python sample.py --start clip.mp4 --n 4                 # four ways in which a given video may go on
+    python sample.py --trajectory                           # how a video comes out of noise
+    python sample.py --sheet 1,2,4                          # a row per class, a column per guidance scale
     python sample.py --data sky --reconstruct               # held-out clips through stage 1, no diffusion
+    python sample.py --benchmark                            # seconds a video, against pixel-space diffusion
 
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the class asked for of each),
 samples.gif (a grid of the first ones), and with --mp4 a file per video in samples/.
 """
-import json, time
+import json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from data import UserError, Videos, parse, run, run_name, save_grid, to_float, to_uint8
+from data import SETS, UserError, Videos, parse, read_video, run, run_name, save_grid, to_float, to_uint8
+import diffusion, vqgan3d
 from diffusion import SAMPLERS, load_diffusion
 from vqgan3d import load_vqgan, peak_memory, pick_device, psnr, side_by_side
 
@@ -29,11 +35,16 @@ class Config:
     guidance: float = -1.0        # 1: the conditional model, 0: unconditional, more: clearer; -1: that of the run's previews
     sampler: str = "dpm"          # dpm (DPM-Solver++ 2M), ddim, or ddpm, which wants all the steps
     steps: int = 0                # network evaluations; 0: 25, or with ddpm all that the model was trained with
+    frames: int = 0               # length of the videos, also beyond the training's; 0: the training's, or twice that with --start
+    start: str = ""               # a video to go on from; its last frames stand at the beginning of each sample
     seed: int = 0                 # sample i is drawn with seed + i, whatever the batch it is in
     batch_size: int = 16          # videos at once
     grid: int = 64                # videos in the GIF; 0: none
     mp4: bool = False             # one mp4 per video as well
-    reconstruct: bool = False     # held-out clips over their reconstructions instead of samples
+    trajectory: bool = False      # a GIF of how four samples came out of noise instead: a column per step
+    sheet: str = ""               # guidance scales: a GIF of one sample per class (row) and scale (column) instead
+    reconstruct: bool = False     # held-out clips over their reconstructions instead
+    benchmark: bool = False       # time untrained networks of full size against pixel-space diffusion instead
     data_dir: str = "datasets"    # where the held-out clips lie
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (bfloat16 where the hardware multiplies it), float32, bfloat16
@@ -66,37 +77,136 @@ def reconstruct(cfg, path, out, device, autocast):
     print(f"PSNR {psnr(to_float(clips), y):.2f} dB on {len(y)} held-out clips: {out}/reconstructions.gif, reconstructions.npy")
 
 @torch.no_grad()
+def encode_start(system, path, autocast):
+    """The last frames of a video file as the U-Net sees them: latents (1, C, up to T, H, W)"""
+    frames, size, stride = system.clip
+    clip = read_video(path, size)[::-stride][::-1]                                   # the last frame stays
+    slot = frames // system.shape[1]                                                 # frames of one latent frame
+    n = min(frames, len(clip)) // slot * slot
+    if not n:
+        raise UserError(f"--start {path} has {len(clip)} frames, and at least {slot} are needed")
+    with autocast():
+        z = system.encode(torch.from_numpy(clip[-n:].copy())[None])
+    return (z - system.mean) / system.std
+
+def trajectory(system, path, labels, guidance, cfg, steps, autocast):
+    """Four samples, and x_0 as the network guesses it at eight of the steps, from noise (left) to the end (right)."""
+    guesses = []
+    system.sample(range(cfg.seed, cfg.seed + 4), labels, guidance, cfg.sampler, steps, autocast, lambda x, x0: guesses.append(x0))
+    guesses = [guesses[i] for i in np.linspace(0, len(guesses) - 1, 8).round().astype(int)]
+    with autocast():
+        videos = np.stack([to_uint8(system.decode(z)) for z in guesses], 1)          # (4, 8, T, H, W, 3)
+    save_grid(path, videos.reshape(-1, *videos.shape[2:]), columns=8)
+
+def sheet(system, path, scales, cfg, steps, autocast):
+    """The same noise for all: what guidance does to each class."""
+    labels, rows = torch.arange(len(system.classes), device=system.device), []
+    for scale in tqdm(scales, desc="guidance"):
+        z = torch.cat([system.sample([cfg.seed] * len(y), y, scale, cfg.sampler, steps, autocast) for y in labels.split(cfg.batch_size)])
+        with autocast():
+            rows.append(np.concatenate([to_uint8(system.decode(part)) for part in z.split(cfg.batch_size)]))
+    videos = np.stack(rows, 1)                                                       # (classes, scales, T, H, W, 3)
+    save_grid(path, videos.reshape(-1, *videos.shape[2:]), columns=len(scales))
+
+def benchmark(cfg, device, autocast):
+    """The paper's speed table: 100 steps and the decoder of ours at 16 x 128 x 128, against the same U-Net on pixels at 16 x 64 x 64.
+
+    The networks have the size of the sky preset and are untrained, which costs the same. On a CPU three steps are timed, and
+    the hundred are 100 / 3 of them. Each timing is the best of three: what disturbs one only makes it longer.
+    """
+    def seconds(f):
+        best = math.inf
+        for _ in range(3):
+            device.type == "cuda" and torch.cuda.synchronize()
+            start = time.perf_counter()
+            f()
+            device.type == "cuda" and torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best
+    steps, rows = 100, []
+    timed = steps if device.type == "cuda" else 3
+    stage2 = diffusion.Config(**diffusion.PRESETS["sky"])
+    kinds = dict([("pixels, 16 x 64 x 64", None), *((f"latent, 16 x 128 x 128, down {down}", down) for down in ((4, 4, 4), (4, 8, 8)))])
+    for kind, down in kinds.items():
+        vqgan = vqgan3d.VQGAN(vqgan3d.Config(**{**vqgan3d.PRESETS["sky"], "down": down})).to(device).eval() if down else None
+        system = diffusion.System(stage2, vqgan, (16, 128 if down else 64, 1), None, device)
+        system.unet.eval()
+        for batch in sorted({1, cfg.batch_size}):
+            try:
+                z = torch.randn(batch, *system.shape, device=device)
+                draw = lambda: system.sample(range(batch), None, 1.0, "ddim", timed, autocast)
+                draw()                                                               # warm-up
+                with autocast():
+                    rows.append(dict(kind=kind, batch=batch, a_step=seconds(draw) / timed, decode=seconds(lambda: system.decode(z)), peak_gb=peak_memory(device)))
+            except torch.OutOfMemoryError:
+                print(f"{kind}: no memory for batch {batch}")
+        del system, vqgan
+    print(f"\n{device}{'' if timed == steps else f', {timed} steps timed'}; seconds a video, decoding included\n{'':<40}{'batch':>6}{'a step':>10}{'decode':>10}{'100 steps':>11}{'ratio':>8}{'20 steps':>10}{'ratio':>8}")
+    for r in rows:
+        r |= {f"{n}_steps": (n * r["a_step"] + r["decode"]) / r["batch"] for n in (100, 20)}
+        pixels = next((p["100_steps"] for p in rows if p["batch"] == r["batch"]), math.nan)
+        r |= {f"ratio_{n}": pixels / r[f"{n}_steps"] for n in (100, 20)}
+        print(f"{r['kind']:<40}{r['batch']:>6}{r['a_step']:>10.4f}{r['decode']:>10.4f}{r['100_steps']:>11.3f}{r['ratio_100']:>8.1f}{r['20_steps']:>10.3f}{r['ratio_20']:>8.1f}")
+    print("published: VDM 35.26 s at 16 x 64 x 64, VQ-VDM 3.95 s at 16 x 128 x 128, both 100 steps: 8.9 times")
+    path = Path(cfg.out or "runs") / "benchmark.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(device=str(device), timed_steps=timed, torch=torch.__version__, rows=rows), indent=1))
+    print(f"saved: {path}")
+
+@torch.no_grad()
 def main():
-    cfg = parse(Config)
+    cfg = parse(Config, dict.fromkeys(SETS, dict(frames=0)))                         # the checkpoint knows the length of a clip
     path = Path(cfg.checkpoint or f"runs/{run_name(cfg.data)}/{'vqgan' if cfg.reconstruct else 'diffusion'}.pt")
     out = Path(cfg.out or path.parent)
     device, autocast = pick_device(cfg.device, cfg.dtype)
     if cfg.sampler not in SAMPLERS:
         raise UserError(f"--sampler {cfg.sampler}: one of {', '.join(SAMPLERS)} is wanted")
+    if cfg.benchmark:
+        return benchmark(cfg, device, autocast)
     if cfg.reconstruct:
         return reconstruct(cfg, path, out, device, autocast)
 
     system = load_diffusion(path, device)
     out.mkdir(parents=True, exist_ok=True)
     n = cfg.n or (4 * len(system.classes) if system.classes else 16)
-    labels = choose_classes(cfg.classes, system.classes, n)
+    context = encode_start(system, cfg.start, autocast) if cfg.start else None
+    labels = choose_classes(cfg.classes, system.classes, 4 if cfg.trajectory else n)
+    if cfg.start and not cfg.classes:                                                # nobody said of which class it is
+        labels = None
     guidance = system.config.guidance if cfg.guidance < 0 else cfg.guidance
     steps = cfg.steps or (system.diffusion.T if cfg.sampler == "ddpm" else 25)
     frames, size, _ = system.clip
+    if cfg.trajectory:
+        trajectory(system, out / "trajectory.gif", labels if labels is None else labels.to(device), guidance, cfg, steps, autocast)
+        return print(f"from noise (left) to video (right): {out}/trajectory.gif")
+    if cfg.sheet:
+        if not system.classes:
+            raise UserError("--sheet: this model was trained without classes")
+        try:
+            scales = [float(v) for v in cfg.sheet.split(",")]
+        except ValueError:
+            raise UserError(f"--sheet {cfg.sheet}: guidance scales are wanted, as in 1,2,4")
+        sheet(system, out / "sheet.gif", scales, cfg, steps, autocast)
+        return print(f"one row per class, guidance {cfg.sheet} from left to right: {out}/sheet.gif")
+    slot = frames // system.shape[1]                                                 # frames of one latent frame
+    frames = cfg.frames or frames * (2 if cfg.start else 1)
+    length = -(-frames // slot)
+    windows = max(1, -(-(length - (context.shape[2] if cfg.start else system.shape[1] // 2)) // (system.shape[1] - system.shape[1] // 2)))
     print(f"{n} videos of {frames} frames of {size} x {size} from {path}, trained for {system.step} steps; {cfg.sampler}, {steps} steps, guidance {guidance:g}, {device}")
 
     start = time.time()
     samples = np.lib.format.open_memmap(out / "samples.npy", "w+", np.uint8, (n, frames, size, size, 3))   # not held in memory
-    evaluations = -(-n // cfg.batch_size) * steps
+    evaluations = -(-n // cfg.batch_size) * steps * windows
     with tqdm(total=evaluations, desc="sampling", unit=" steps") as bar:
         for i in range(0, n, cfg.batch_size):
             seeds = range(cfg.seed + i, cfg.seed + min(n, i + cfg.batch_size))
             y = labels[i:i + len(seeds)].to(device) if labels is not None else None
-            z = system.sample(seeds, y, guidance, cfg.sampler, steps, autocast, bar.update)   # (B, C, T, h, w)
+            given = context.expand(len(seeds), -1, -1, -1, -1) if cfg.start else None
+            z = system.sample(seeds, y, guidance, cfg.sampler, steps, autocast, lambda *_: bar.update(), given, length)   # (B, C, T, h, w)
             with autocast():
-                samples[i:i + len(seeds)] = to_uint8(system.decode(z))                        # (B, T, H, W, 3)
+                samples[i:i + len(seeds)] = to_uint8(system.decode(z)[:, :, :frames])         # (B, T, H, W, 3)
     samples.flush()
-    protocol = dict(data=cfg.data, n=n, frames=frames, size=size, stride=system.clip[2], sampler=cfg.sampler, steps=steps, guidance=guidance, seed=cfg.seed,
+    protocol = dict(data=cfg.data, n=n, frames=frames, size=size, stride=system.clip[2], sampler=cfg.sampler, steps=steps, guidance=guidance, seed=cfg.seed, start=cfg.start,
                     checkpoint=str(path), checkpoint_step=system.step, classes=system.classes, labels=labels.tolist() if labels is not None else None)
     (out / "samples.json").write_text(json.dumps(protocol, indent=1))
     if cfg.grid:

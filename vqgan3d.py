@@ -65,7 +65,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=32, codes=2048, perceptual=0.0, steps=3500, disc_start=0.75, gan_start=0.8, batch_size=4, disc_width=16, eval_every=500, eval_clips=128),
+    "toy":    dict(width=32, codes=2048, perceptual=0.0, steps=2000, disc_start=0.75, gan_start=0.8, batch_size=4, disc_width=16, eval_every=500, eval_clips=128),
     "sky":    dict(),
     "ucf101": dict(),
 }
@@ -183,11 +183,13 @@ class VQGAN(nn.Module):
         # down (4, 8, 8) takes strides (1, 2, 2), (2, 2, 2), (2, 2, 2): time, which moves little, is halved last
         strides = [tuple(2 if d >= 2 ** (levels - i) else 1 for d in c.down) for i in range(levels)]
         widths = [min(c.width * 3 ** i, max(c.width, 384)) for i in range(levels)]
-        encoder, decoder, last = [], [], 3
+        encoder, decoder, last, rate, halo = [], [], 3, c.down[0], 1
         for stride, C in zip(strides, widths):                                # a stage: patches to channels, then blocks
             encoder += [Down(last, C, stride), *(Block(C) for _ in range(c.blocks))]
             decoder = [*(Block(C) for _ in range(c.blocks)), Up(C, last, stride)] + decoder
-            last = C
+            last, rate = C, rate // stride[0]                                 # rate: frames here for one of the latent
+            halo += c.blocks / rate
+        self.halo = math.ceil(halo)                                           # latent frames that the decoder looks to each side
         self.encoder = nn.Sequential(*encoder, Norm(C), nn.Conv3d(C, c.code_dim, 1))
         self.quantizer = Quantizer(c.codes, c.code_dim)
         self.decoder = nn.Sequential(Conv(c.code_dim, C, 3, padding=1), *decoder)
@@ -201,6 +203,16 @@ class VQGAN(nn.Module):
 
     def decode(self, z_q):
         return self.decoder(z_q.contiguous(memory_format=torch.channels_last_3d)).float()
+
+    def decode_long(self, z_q, part):
+        """decode() of any length, `part` latent frames at a time, so that memory does not grow with it. Each part is decoded
+        with all that its convolutions in time can see on both sides: there is no seam."""
+        videos, rate = [], self.config.down[0]
+        for i in range(0, z_q.shape[2], part):
+            start = max(0, i - self.halo)
+            video = self.decode(z_q[:, :, start:i + part + self.halo])
+            videos.append(video[:, :, (i - start) * rate:(i - start + part) * rate])
+        return torch.cat(videos, 2)
 
     def forward(self, x):
         z_q, codes, losses = self.quantize(self.encode(x))
@@ -260,12 +272,17 @@ class Muon(torch.optim.Optimizer):
                 p.add_(u, alpha=-group["lr"] * 0.2 * max(len(p), p[0].numel()) ** 0.5)
 
 def orthogonalise(u):
-    """Newton-Schulz iteration towards the nearest matrix with singular values of about 1; u (m, n), m <= n."""
-    u = (u / (u.norm() + 1e-7)).to(torch.bfloat16 if has_bfloat16(u.device) else u.dtype)
+    """Newton-Schulz iteration towards the nearest matrix with singular values of about 1; u (m, n), m <= n.
+
+    Each step is u <- p(u u') u. All these p are polynomials in the first u u', a small matrix, so they are multiplied together
+    there, and u itself, which is often ten times as long, is touched only at the beginning and the end.
+    """
+    u = u.float() / (u.norm() + 1e-7)
+    a, q = u @ u.T, torch.eye(len(u), device=u.device)
     for _ in range(5):
-        a = u @ u.T
-        u = 3.4445 * u + (2.0315 * a @ a - 4.7750 * a) @ u                    # the quintic of Jordan et al.
-    return u.float()
+        p = 3.4445 * torch.eye(len(u), device=u.device) - 4.7750 * a + 2.0315 * a @ a   # the quintic of Jordan et al.
+        a, q = p @ a @ p, p @ q                                               # they commute
+    return q @ u
 
 def optimisers(model, lr):
     """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook, whose rows are points, not maps."""

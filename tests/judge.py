@@ -3,7 +3,7 @@
     python tests/judge.py                       # runs/toy/samples.npy, its labels from samples.json
     python tests/judge.py --samples other.npy   # with other.json beside it
 
-Nothing is trained: shape and motion are measured. The shape is the template (circle, cross or triangle, at several sizes) that
+Nothing is trained: shape and motion are measured. The shape is the template (circle, column or bar, at several sizes) that
 overlaps best with the bright pixels, at the best place on the torus, over all frames; the motion is the way that its place goes
 from frame to frame. The same measurement on real clips tells how far it can be trusted.
 """

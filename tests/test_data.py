@@ -35,9 +35,9 @@ def test_toy_labels_name_the_motion_and_the_shape():
         middle = np.roll(bright[i, 0], (size // 2 - round(centre[1][i, 0]), size // 2 - round(centre[0][i, 0])), (0, 1))
         rows, columns = np.flatnonzero(middle.any(1)), np.flatnonzero(middle.any(0))
         box = middle[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-        fill, top = box.mean(), box[:len(box) // 2].sum() / box.sum()
-        expected = "triangle" if top < 0.4 else "cross" if fill < 0.68 else "circle"
-        assert shape == expected and (shape == "triangle" or 0.42 < top < 0.58) and fill < 0.9, (shape, fill, top)
+        aspect = len(box) / len(box[0])
+        assert shape == ("column" if aspect > 1.8 else "bar" if aspect < 1 / 1.8 else "circle"), (shape, aspect)
+        assert (0.9 < aspect < 1.1 or shape != "circle") and 0.7 < box.mean() < 0.97, (shape, aspect, box.mean())
 
 # ---- ranges and pictures ----
 

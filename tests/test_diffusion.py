@@ -197,6 +197,64 @@ def test_a_sample_depends_on_its_seed_alone():
         with pytest.raises(diffusion.UserError, match="--steps"):
             system.sample([0], None, 1.0, "dpm", steps)
 
+def test_a_block_sees_the_neighbouring_frames_of_its_own_clip():
+    """Frames and clips confused when they are folded into one axis; time mixed only after the label has had its say."""
+    torch.manual_seed(0)
+    block = diffusion.ResBlock(4, 4, 8, 0.0)
+    torch.nn.init.normal_(block.conv2.weight)
+    x, emb = torch.randn(2 * 5, 4, 3, 3), torch.randn(2 * 5, 8)                        # two clips of five frames
+    other = x.clone()
+    other[6] = torch.randn(4, 3, 3)                                                                  # frame 1 of the second clip
+    moved = (block(x, emb, 5) - block(other, emb, 5)).abs().amax((1, 2, 3)) > 1e-6
+    assert moved.tolist() == [False] * 5 + [True, True, True, False, False]
+
+def test_every_frame_has_its_own_noise_level():
+    """Given frames announced as noise; a level that reaches another frame or another clip."""
+    unet, x = net(), torch.randn(2, 3, 4, 8, 8)
+    t, label = torch.tensor([40, 7]), torch.tensor([0, 2])
+    assert torch.allclose(unet(x, t, label), unet(x, t[:, None].expand(2, 4), label), atol=1e-5)
+    times = t[:, None].repeat(1, 4)
+    times[1, 0] = 0
+    change = (unet(x, times, label) - unet(x, t, label)).abs().amax((1, 3, 4))       # (B, T)
+    assert change[0].max() < 1e-5 and change[1, 0] > 1e-3
+
+def test_given_frames_stay_and_windows_follow_from_them(monkeypatch):
+    """Context that is noised, changed or forgotten; windows that continue another sample's, or none; a wrong length."""
+    torch.manual_seed(0)
+    system = System(Config(width=16, mults=(1,), blocks=1, head_dim=8, attention=4, timesteps=20), None, (4, 8, 1), ["a", "b"], torch.device("cpu"))
+    system.unet = net(classes=2).eval()
+    seen, forward = [], system.unet.forward
+    monkeypatch.setattr(system.unet, "forward", lambda x, t, label=None: seen.append((x.clone(), t)) or forward(x, t, label))
+    labels = torch.tensor([0, 1, 1])
+    long = system.sample([5, 6, 7], labels, 1.0, "dpm", 4, length=7)                  # windows of 4, 4 + 2, 4 + 4 frames
+    assert long.shape == (3, 3, 7, 8, 8) and len(seen) == 3 * 4
+    assert torch.allclose(long[:, :, :4], system.sample([5, 6, 7], labels, 1.0, "dpm", 4), atol=1e-4)
+    assert all((t == t[0, 0]).all() for x, t in seen[:4])
+    for x, t in seen[4:8]:                                                         # the second window: two frames are given
+        assert torch.equal(x[:, :, :2], long[:, :, 2:4]) and (t[:, :2] == 0).all() and (t[:, 2:] == t[0, 3]).all()
+    one = system.sample([6], labels[1:2], 1.0, "dpm", 4, length=7)
+    assert torch.allclose(long[1:2], one, atol=1e-3)
+    context = torch.randn(1, 3, 1, 8, 8)
+    given = [system.sample([6], labels[1:2], 1.0, sampler, 4, context=context) for sampler in SAMPLERS]
+    assert all(g.shape == (1, 3, 4, 8, 8) and torch.equal(g[:, :, :1], context) for g in given)
+
+def test_nothing_is_learnt_of_given_frames(stage1, stage2, main, monkeypatch):
+    """A loss on frames that the network was shown: it is nearly zero, and drowns the rest."""
+    seen, forward = [], UNet.forward
+    def spy(self, x, t, label=None):
+        out = forward(self, x, t, label)
+        if self.training:
+            out.retain_grad()
+            seen.append((x, t, out))
+        return out
+    monkeypatch.setattr(UNet, "forward", spy)
+    result = main(diffusion, *stage2.flags, "--out", "run", "--vqgan", stage1.path, "--context", 1, "--steps", 6)
+    assert result.code == 0, result.err
+    given = torch.cat([t == 0 for x, t, out in seen])                                  # (N, T); chance times of 0 are rare and first
+    learnt = torch.cat([out.grad.abs().amax((1, 3, 4)) > 0 for x, t, out in seen])
+    assert 0.1 < given.float().mean() < 0.9 and (learnt == ~given).float().mean() > 0.95
+    assert not (given & learnt)[given[:, 0]].all()
+
 def test_latents_belong_to_their_labels_and_are_made_once(stage1, clips, tmp_path):
     """Latents in another order than their labels; a few videos encoded many times; latents of an older stage 1 kept."""
     videos = Videos(clips, stage1.home, "train", 16, 8)

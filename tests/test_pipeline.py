@@ -5,6 +5,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import sample
+from data import read_video, to_float, to_uint8
+from diffusion import load_diffusion
 from conftest import STAGE1, STAGE2, script
 
 def rows(path):
@@ -67,6 +69,36 @@ def test_classes_by_name_and_by_number(stage2, main):
     for text, name in (("wiggle", "wiggle"), ("spin,2", "2"), ("-1", "-1")):
         result = main(sample, "--checkpoint", stage2.path, "--out", "s", f"--classes={text}")
         assert result.code == 1 and f"no class {name}" in result.err and "0 spin, 1 wave" in result.err
+
+def test_longer_videos_and_given_beginnings(stage2, clips, main):
+    """Frames promised and not made; a given video that is not the beginning of what comes out, or whose first frames are taken."""
+    common = ["--checkpoint", stage2.path, "--out", "s", "--steps", 2, "--n", 2]
+    assert main(sample, *common, "--frames", 21).code == 0
+    assert np.load("s/samples.npy").shape == (2, 21, 16, 16, 3)
+    start = clips / "spin" / "00.mp4"                                                 # 12 frames, the clips have 8
+    result = main(sample, *common, "--start", start)
+    assert result.code == 0, result.err
+    videos, protocol = np.load("s/samples.npy"), json.loads(Path("s/samples.json").read_text())
+    assert videos.shape == (2, 16, 16, 16, 3) and protocol["labels"] is None and protocol["start"] == str(start)
+    system = load_diffusion(stage2.path)
+    clip = read_video(start, 16)[-8:]
+    own = to_uint8(system.vqgan(to_float(clip[None]))[0])[0]
+    assert abs(videos[:, :4].astype(int) - own[:4]).mean() < 3                         # before what follows is seen by the decoder
+    assert abs(videos[0, 8:].astype(int) - videos[1, 8:]).mean() > 1
+    for flags, words in (["--start", "no.mp4"], "no.mp4"), (["--start", stage2.path], "cannot read"), (["--frames", "-1"], "--frames"):
+        result = main(sample, *common, *flags)
+        assert result.code == 1 and words in result.err
+
+def test_pictures_for_teaching(stage2, main):
+    """A trajectory that does not end in the sample; a sheet with classes and scales exchanged."""
+    common = ["--checkpoint", stage2.path, "--out", "s", "--steps", 10]
+    assert main(sample, *common, "--trajectory").code == 0
+    assert iio.imread("s/trajectory.gif", plugin="pillow").shape[0] == 8
+    assert main(sample, *common, "--sheet", "1,2,4").code == 0
+    T, H, W, _ = iio.imread("s/sheet.gif", plugin="pillow").shape
+    assert T == 8 and W / H == pytest.approx(3 / 2, rel=0.05)                             # 2 classes, 3 scales
+    result = main(sample, *common, "--sheet", "much")
+    assert result.code == 1 and "--sheet much" in result.err
 
 def test_reconstruct(stage1, clips, main):
     """Reconstructions of training clips, or of another stage 1 than the one named."""

@@ -41,6 +41,20 @@ def test_down_is_the_shape_of_the_latent(down):
     assert z.shape == (1, 6, 8 // down[0], 16 // down[1], 16 // down[2])
     assert vqgan.decode(z).shape == (1, 3, 8, 16, 16)
 
+@pytest.mark.parametrize("down, blocks", [((4, 4, 4), 2), ((2, 8, 8), 1), ((1, 4, 4), 2)])
+def test_long_videos_are_decoded_without_seams(down, blocks):
+    """A decoder fed with parts that are too short: every part begins with a jump."""
+    torch.manual_seed(0)
+    vqgan = VQGAN(Config(down=down, width=8, blocks=blocks, frames=4 * down[0], size=16)).eval()
+    for p in vqgan.parameters():
+        p.data.add_(torch.randn_like(p) * 0.05)
+    z = torch.randn(1, 6, 23, 16 // down[1], 16 // down[2])
+    whole = vqgan.decode(z)
+    assert whole.shape[2] == 23 * down[0]
+    assert torch.allclose(vqgan.decode_long(z, 5), whole, atol=1e-4)
+    vqgan.halo -= 1                                                                # and it is no wider than it must be
+    assert not torch.allclose(vqgan.decode_long(z, 5), whole, atol=1e-4)
+
 def test_decoder_is_a_function_of_the_codes_alone():
     """Dropout, batch statistics or noise in the decoder; one video that leaks into the next of its batch."""
     vqgan = tiny()
