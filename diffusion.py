@@ -61,7 +61,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=64, mults=(1, 2), blocks=1, attention=8, head_dim=32, predict="v", steps=1000, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=500),
+    "toy":    dict(width=48, mults=(1, 2), blocks=1, attention=8, head_dim=32, predict="v", steps=1300, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=500),
     "sky":    dict(),
     "ucf101": dict(),
 }

@@ -2,10 +2,12 @@
 
     python tests/judge.py                       # runs/toy/samples.npy, its labels from samples.json
     python tests/judge.py --samples other.npy   # with other.json beside it
+    python tests/judge.py --predict runs/toy/diffusion.pt   # held-out clips, continued from their first latent frame
 
 Nothing is trained: shape and motion are measured. The shape is the template (circle, column or bar, at several sizes) that
 overlaps best with the bright pixels, at the best place on the torus, over all frames; the motion is the way that its place goes
-from frame to frame. The same measurement on real clips tells how far it can be trusted.
+from frame to frame. The same measurement on real clips tells how far it can be trusted. Of videos longer than 16 frames every 16
+frames are judged, and the colour must stay too.
 """
 import argparse, json, sys
 from pathlib import Path
@@ -42,11 +44,51 @@ def accuracy(videos, labels):
     seen = guess >= 0
     return (guess == labels).mean(), (seen & (guess // 4 == labels // 4)).mean(), (seen & (guess % 4 == labels % 4)).mean()
 
+def colours(videos):
+    """Mean colour of the shape, 0 ... 1: (N, 3)"""
+    v = np.asarray(videos) / 255
+    mask = np.clip((v.max(-1, keepdims=True) - 0.5) / 0.4, 0, 1)                          # (N, T, S, S, 1)
+    return (v * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clip(1)
+
+def lasting(videos, labels, window=16):
+    """-> parts of the videos that show their class in the first window, in the last, in all, and in all with the first one's colour"""
+    parts = [videos[:, i:i + window] for i in range(0, videos.shape[1] - window + 1, window)]
+    right = np.stack([judge(part)[0] == np.asarray(labels) for part in parts])            # (windows, N)
+    colour = np.stack([colours(part) for part in parts])                                  # (windows, N, 3)
+    steady = (abs(colour - colour[0]) < 0.15).all((0, 2))
+    return right[0].mean(), right[-1].mean(), right.all(0).mean(), (right.all(0) & steady).mean()
+
+def predict(checkpoint, n=64):
+    """PSNR of n held-out clips after their first latent frame: continued by the model, and by repeating the last given frame"""
+    import torch
+    from data import Videos, to_float
+    from diffusion import load_diffusion
+    from vqgan3d import psnr
+    system = load_diffusion(checkpoint)
+    frames, size, stride = system.clip
+    slot = frames // system.shape[1]                                                      # frames of a latent frame
+    clips, labels = Videos(system.config.data, system.config.data_dir, "test", size, frames, stride).fixed(n)
+    truth = to_float(clips)
+    with torch.no_grad():
+        context = (system.encode(clips[:, :slot]) - system.mean) / system.std             # the encoder sees no later frame
+        for name, y in ("without the label", None), ("with it", labels):
+            video = system.decode(system.sample(range(n), y, 1.0, "dpm", 25, context=context))
+            print(f"{n} clips, {slot} of {frames} frames given, {name}: PSNR of the rest {psnr(video[:, :, slot:], truth[:, :, slot:]):.2f} dB")
+    still = truth[:, :, slot - 1:slot].expand(-1, -1, frames - slot, -1, -1)
+    print(f"repeating the last given frame: {psnr(still, truth[:, :, slot:]):.2f} dB")
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, default=Path("runs/toy/samples.npy"))
+    parser.add_argument("--predict", metavar="CHECKPOINT")
     args = parser.parse_args()
+    if args.predict:
+        sys.exit(predict(args.predict))
     videos, protocol = np.load(args.samples, mmap_mode="r"), json.loads(args.samples.with_suffix(".json").read_text())
     real = toy_videos(256, *videos.shape[1:3], seed=99)
+    if videos.shape[1] > 16:
+        for name, (v, labels) in (("real", real), ("samples", (videos, protocol["labels"]))):
+            print(f"{name} ({len(v)} of {v.shape[1]} frames): class right in the first 16 frames {{:.1%}}, in the last {{:.1%}}, in all {{:.1%}}, and the colour kept {{:.1%}}".format(*lasting(v, labels)))
+        sys.exit()
     for name, (v, labels) in (("real clips", real), (f"samples, guidance {protocol['guidance']:g}", (videos, protocol["labels"]))):
         print(f"{name} ({len(v)}): class {{:.1%}}, shape {{:.1%}}, motion {{:.1%}}".format(*accuracy(v, labels)))
