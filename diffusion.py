@@ -61,7 +61,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=48, mults=(1, 2), blocks=1, attention=8, head_dim=32, predict="v", steps=1300, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=500),
+    "toy":    dict(width=48, mults=(1, 2), blocks=1, attention=8, head_dim=32, predict="v", steps=1300, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=650, guidance=3.0),
     "sky":    dict(),
     "ucf101": dict(),
 }
@@ -95,7 +95,7 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Multi-head self-attention: over the frames at each position, or, on the `grid` of a coarse level, over all positions of all
-    frames, which is what lets a thing that moves keep its colour and its direction.
+    frames, which is what lets a thing that moves keep its colour.
 
     A learned bias for each head and relative position (as in VDM; here in time, height and width) tells before from after. In
     time it is the same for all distances beyond REACH, so that any number of frames will do.
@@ -465,7 +465,7 @@ def main():
     held_noise, held_t = torch.randn(held.shape, generator=generator).to(device), (torch.arange(128) * diffusion.T // 128).to(device)
     held_label = held_label.to(device) if classes else None
     rows = min(classes, 12) or 4
-    preview = torch.arange(rows, device=device).repeat_interleave(4) if classes else None
+    preview = torch.arange(rows, device=device).repeat_interleave(3) if classes else None
     print(f"U-Net {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters on {' x '.join(map(str, system.shape))}, {classes} classes, {device}, writing {out}/")
 
     caught, clock, mark, waited = catch_signals(), time.time(), start, 0.0
@@ -477,9 +477,9 @@ def main():
             with torch.no_grad(), autocast():
                 noisy, target = diffusion.add_noise(held, held_noise, held_t)
                 held_loss = F.mse_loss(torch.cat([ema(*part) for part in zip(*(v.split(32) for v in (noisy, held_t, *([held_label] if classes else []))))]), target).item()
-            z = torch.cat([system.sample(seeds.tolist(), preview[seeds] if classes else None, cfg.guidance, "dpm", 20, autocast) for seeds in torch.arange(4 * rows).split(16)])
+            z = torch.cat([system.sample(seeds.tolist(), preview[seeds] if classes else None, cfg.guidance, "dpm", 20, autocast) for seeds in torch.arange(3 * rows).split(16)])
             with torch.no_grad(), autocast():
-                save_grid(out / "diffusion.gif", to_uint8(torch.cat([system.decode(part) for part in z.split(8)])), columns=4)
+                save_grid(out / "diffusion.gif", to_uint8(torch.cat([system.decode(part) for part in z.split(8)])), columns=3)
             system.unet = unet
             write_log(log, dict(step=step, held_out_loss=held_loss))
             bar.write(f"step {step}: held-out loss {held_loss:.4f}")
@@ -505,14 +505,14 @@ def main():
         if classes:                                                           # the null label is trained here
             label = torch.where((torch.rand(B) < cfg.label_drop).to(device), classes, label)
         noisy, target = diffusion.add_noise(x0, eps, t)
-        T = x0.shape[2]                                                       # of some clips the first frames are given: clean
-        clean = torch.arange(T) < torch.where(torch.rand(B) < cfg.context, torch.randint(T, (B,)), 0)[:, None]   # (B, T)
-        clean = clean.to(device)
+        T = x0.shape[2]                                                       # of some clips the first frames are given, clean
+        given_frames = torch.where(torch.rand(B) < cfg.context, torch.randint(T, (B,)), 0)                   # (B,)
+        clean = (torch.arange(T) < given_frames[:, None]).to(device)          # (B, T)
         noisy = torch.where(clean[:, None, :, None, None], x0, noisy)
         with autocast():
             prediction = unet(noisy, t[:, None].masked_fill(clean, 0), label if classes else None)
-        losses = (prediction - target).square().mean((1, 3, 4))               # (B, T), and of these nothing is learnt
-        losses = losses.masked_fill(clean, 0).sum(1) / (~clean).sum(1)        # (B,)
+        losses = (prediction - target).square().mean((1, 3, 4))               # (B, T)
+        losses = losses.masked_fill(clean, 0).sum(1) / (~clean).sum(1)        # (B,), of the frames that were not given
         losses.mean().backward()
         for opt in opts:
             opt.step()

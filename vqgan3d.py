@@ -278,10 +278,11 @@ def orthogonalise(u):
     there, and u itself, which is often ten times as long, is touched only at the beginning and the end.
     """
     u = u.float() / (u.norm() + 1e-7)
-    a, q = u @ u.T, torch.eye(len(u), device=u.device)
-    for _ in range(5):
-        p = 3.4445 * torch.eye(len(u), device=u.device) - 4.7750 * a + 2.0315 * a @ a   # the quintic of Jordan et al.
-        a, q = p @ a @ p, p @ q                                               # they commute
+    a, q, eye = u @ u.T, None, torch.eye(len(u), device=u.device)
+    for i in range(5):
+        p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a                        # the quintic of Jordan et al.
+        q = p @ q if i else p
+        a = p @ a @ p if i < 4 else None                                      # of the next u; they commute
     return q @ u
 
 def optimisers(model, lr):
