@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from data import SETS, UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
-from vqgan3d import Conv, build_vqgan, catch_signals, load, optimisers, peak_memory, pick_device, resume, save, schedule, write_log
+from vqgan3d import Conv, build_vqgan, catch_signals, load, lock, optimisers, peak_memory, pick_device, resume, save, schedule, write_log
 
 @dataclass
 class Config:
@@ -400,6 +400,7 @@ def main():
     out = Path(cfg.out or f"runs/{run_name(cfg.data)}{'-pixels' if cfg.pixels else ''}")
     out.mkdir(parents=True, exist_ok=True)
     path, log = out / "diffusion.pt", out / "diffusion.jsonl"
+    alone = lock(path)
     device, autocast = pick_device(cfg.device, cfg.dtype)
     torch.manual_seed(cfg.seed)
 

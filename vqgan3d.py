@@ -13,7 +13,7 @@ It is trained by five losses, each a named term whose weight is a flag:
 Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for bit), vqgan.jsonl (the log), vqgan.gif (held-out
 clips over their reconstructions, remade at every evaluation).
 """
-import dataclasses, functools, json, math, os, resource, signal, sys, time
+import dataclasses, fcntl, functools, json, math, os, resource, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -318,6 +318,15 @@ def has_bfloat16(device):
         return any(getattr(torch.cpu, f"_is_{f}_supported", bool)() for f in ("amx_tile", "avx512_bf16"))
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
+def lock(path):
+    """Hold the returned file while training into path: a second process is refused. The system frees it, even after a crash."""
+    f = open(path.with_name(f".{path.stem}.lock"), "w")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training {path}: wait for it, stop it, or give another --out")
+    return f
+
 def save(path, state):
     """Write a checkpoint so that a crash at any moment leaves the old file or the new one, never half of one."""
     temporary = Path(f"{path}.tmp")
@@ -417,6 +426,7 @@ def main():
     out = Path(cfg.out or f"runs/{run_name(cfg.data)}")
     out.mkdir(parents=True, exist_ok=True)
     path, log = out / "vqgan.pt", out / "vqgan.jsonl"
+    alone = lock(path)
     device, autocast = pick_device(cfg.device, cfg.dtype)
     torch.manual_seed(cfg.seed)
 

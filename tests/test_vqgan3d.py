@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import vqgan3d
+import diffusion, vqgan3d
 from conftest import STAGE1, launch, same, script
 from vqgan3d import VQGAN, Config, Discriminator, Quantizer, from_patches, to_patches
 
@@ -342,6 +342,16 @@ def test_unusable_checkpoints_are_refused_in_one_line(stage1, main, tmp_path):
     torch.save(state, path)
     with pytest.raises(vqgan3d.UserError, match="does not fit stage 1"):
         vqgan3d.load_vqgan(path)
+
+def test_two_processes_do_not_train_into_one_folder(stage1, stage2, main):
+    """Two runs that overwrite each other's checkpoints and mix their logs; a lock that outlives its process."""
+    for module, flags, name in ((vqgan3d, stage1.flags, "vqgan.pt"), (diffusion, [*stage2.flags, "--vqgan", stage1.path], "diffusion.pt")):
+        Path("run").mkdir(exist_ok=True)
+        held = vqgan3d.lock(Path("run") / name)
+        result = main(module, *flags, "--out", "run", "--steps", 2)
+        assert result.code == 1 and f"another process is training run/{name}" in result.err
+        held.close()
+        assert main(module, *flags, "--out", "run", "--steps", 2).code == 0
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     """Half a checkpoint in the place of the last good one."""
