@@ -138,8 +138,7 @@ class Layer(nn.Module):
     """Residual block, then attention: in time, or on a coarse grid in space and time at once."""
     def __init__(self, C, D, E, c, grid):
         super().__init__()
-        self.block = ResBlock(C, D, E, c.dropout)
-        self.attention = Attention(D, c.head_dim, grid)
+        self.block, self.attention = ResBlock(C, D, E, c.dropout), Attention(D, c.head_dim, grid)
 
     def forward(self, x, emb, T):
         return self.attention(self.block(x, emb, T), T)

@@ -169,6 +169,8 @@ def main():
     if cfg.reconstruct:
         return reconstruct(cfg, path, out, device, autocast)
 
+    if (cfg.trajectory or cfg.sheet) and (cfg.frames or cfg.start):
+        raise UserError("--trajectory and --sheet show clips of the training's length, made from noise: leave out --frames and --start")
     system = load_diffusion(path, device)
     out.mkdir(parents=True, exist_ok=True)
     n = cfg.n or (4 * len(system.classes) if system.classes else 16)

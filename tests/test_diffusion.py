@@ -204,7 +204,7 @@ def test_a_block_sees_the_neighbouring_frames_of_its_own_clip():
     torch.nn.init.normal_(block.conv2.weight)
     x, emb = torch.randn(2 * 5, 4, 3, 3), torch.randn(2 * 5, 8)                        # two clips of five frames
     other = x.clone()
-    other[6] = torch.randn(4, 3, 3)                                                                  # frame 1 of the second clip
+    other[6] = torch.randn(4, 3, 3)                                                # frame 1 of the second clip
     moved = (block(x, emb, 5) - block(other, emb, 5)).abs().amax((1, 2, 3)) > 1e-6
     assert moved.tolist() == [False] * 5 + [True, True, True, False, False]
 
@@ -250,10 +250,10 @@ def test_nothing_is_learnt_of_given_frames(stage1, stage2, main, monkeypatch):
     monkeypatch.setattr(UNet, "forward", spy)
     result = main(diffusion, *stage2.flags, "--out", "run", "--vqgan", stage1.path, "--context", 1, "--steps", 6)
     assert result.code == 0, result.err
-    given = torch.cat([t == 0 for x, t, out in seen])                                  # (N, T); chance times of 0 are rare and first
+    given = torch.cat([t == 0 for x, t, out in seen])                                  # (N, T)
     learnt = torch.cat([out.grad.abs().amax((1, 3, 4)) > 0 for x, t, out in seen])
-    assert 0.1 < given.float().mean() < 0.9 and (learnt == ~given).float().mean() > 0.95
-    assert not (given & learnt)[given[:, 0]].all()
+    chance = given.all(1)                                                          # a drawn time of 0, nothing given
+    assert 0.1 < given[~chance].float().mean() < 0.9 and torch.equal(learnt[~chance], ~given[~chance]) and learnt[chance].all()
 
 def test_latents_belong_to_their_labels_and_are_made_once(stage1, clips, tmp_path):
     """Latents in another order than their labels; a few videos encoded many times; latents of an older stage 1 kept."""

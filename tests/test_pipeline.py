@@ -90,13 +90,15 @@ def test_longer_videos_and_given_beginnings(stage2, clips, main):
         assert result.code == 1 and words in result.err
 
 def test_pictures_for_teaching(stage2, main):
-    """A trajectory that does not end in the sample; a sheet with classes and scales exchanged."""
+    """Pictures that are not written; a sheet with classes and scales exchanged; a flag that is silently passed over."""
     common = ["--checkpoint", stage2.path, "--out", "s", "--steps", 10]
     assert main(sample, *common, "--trajectory").code == 0
     assert iio.imread("s/trajectory.gif", plugin="pillow").shape[0] == 8
     assert main(sample, *common, "--sheet", "1,2,4").code == 0
     T, H, W, _ = iio.imread("s/sheet.gif", plugin="pillow").shape
     assert T == 8 and W / H == pytest.approx(3 / 2, rel=0.05)                             # 2 classes, 3 scales
+    result = main(sample, *common, "--sheet", "1,2", "--frames", 16)
+    assert result.code == 1 and "leave out --frames" in result.err
     result = main(sample, *common, "--sheet", "much")
     assert result.code == 1 and "--sheet much" in result.err
 
