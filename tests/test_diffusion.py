@@ -252,8 +252,8 @@ def test_nothing_is_learnt_of_given_frames(stage1, stage2, main, monkeypatch):
     assert result.code == 0, result.err
     given = torch.cat([t == 0 for x, t, out in seen])                                  # (N, T)
     learnt = torch.cat([out.grad.abs().amax((1, 3, 4)) > 0 for x, t, out in seen])
-    chance = given.all(1)                                                          # a drawn time of 0, nothing given
-    assert 0.1 < given[~chance].float().mean() < 0.9 and torch.equal(learnt[~chance], ~given[~chance]) and learnt[chance].all()
+    chance = given.all(1)                                                          # a drawn time of 0: given or not cannot be told
+    assert 0.1 < given[~chance].float().mean() < 0.9 and torch.equal(learnt[~chance], ~given[~chance])
 
 def test_latents_belong_to_their_labels_and_are_made_once(stage1, clips, tmp_path):
     """Latents in another order than their labels; a few videos encoded many times; latents of an older stage 1 kept."""
