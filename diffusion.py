@@ -10,7 +10,7 @@ sampling can exaggerate their difference (classifier-free guidance, Ho & Saliman
 Writes runs/<data>/: diffusion.pt (stage 1 included: that one file makes videos; the same command again resumes from it),
 diffusion.jsonl (the log), diffusion.gif (samples from fixed noise, one row per class, remade at every evaluation).
 """
-import copy, dataclasses, hashlib, json, math, sys, time
+import copy, dataclasses, functools, hashlib, json, math, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from data import SETS, UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
-from vqgan3d import Conv, build_vqgan, catch_signals, load, lock, optimisers, peak_memory, pick_device, resume, save, schedule, write_log
+from vqgan3d import (RANK, WORLD, Conv, ahead, average_gradients, build_vqgan, catch_signals, compiles, load, lock, one_after_the_other, optimisers, parts,
+                     peak_memory, pick_device, resume, save, schedule, total, write_log)
 
 @dataclass
 class Config:
@@ -37,7 +38,7 @@ class Config:
     width: int = 128              # channels at the finest level
     mults: tuple = (1, 2, 4)      # channels of each level in widths; every level halves height and width, never time
     blocks: int = 2               # residual blocks at each level, on each side
-    attention: int = 16           # attention in space and time where the grid is at most this high, elsewhere in time only
+    attention: int = 1024         # attention over space and time at once where a level has at most this many positions
     head_dim: int = 64            # channels of an attention head
     dropout: float = 0.0          # in the residual blocks
     # the diffusion
@@ -49,6 +50,7 @@ class Config:
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
+    accumulate: int = 1           # parts that a batch is computed in, one after the other, to save memory
     lr: float = 1e-3              # peak learning rate of Muon and Adam: 2% linear warm-up, then cosine to zero
     ema: float = 0.9999           # decay of the averaged weights, which are the ones that sample; faster in the beginning
     latents: int = 20_000         # clips encoded once, before training; 0 encodes fresh windows at every step
@@ -58,14 +60,15 @@ class Config:
     guidance: float = 2.0         # of the previews
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (bfloat16 where the hardware multiplies it), float32, bfloat16
+    compile: str = "auto"         # torch.compile: auto (on a GPU), on, off
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=48, mults=(1, 2), blocks=1, attention=8, head_dim=32, predict="v", steps=1300, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=650, guidance=3.0),
+    "toy":    dict(width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=1300, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=650, guidance=3.0),
     "sky":    dict(),
     "ucf101": dict(),
 }
-MAY_CHANGE = {"data_dir", "out", "vqgan", "steps", "eval_every", "guidance", "device", "fresh"}   # and still be the same run
+MAY_CHANGE = {"data_dir", "out", "vqgan", "steps", "accumulate", "eval_every", "guidance", "device", "compile", "fresh"}   # and still be the same run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the U-Net. Frames are images to a convolution in space, x is (B * T, C, H, W) throughout
@@ -94,54 +97,58 @@ class ResBlock(nn.Module):
         return self.skip(x) + self.conv2(F.dropout(h, self.dropout, self.training))
 
 class Attention(nn.Module):
-    """Multi-head self-attention: over the frames at each position, or, on the `grid` of a coarse level, over all positions of all
-    frames, which is what lets a thing that moves keep its colour.
+    """Multi-head self-attention over "time", the frames at each position; "space", the positions of each frame; or "both", all
+    positions of all frames, which is what lets a thing that moves keep its colour.
 
     A learned bias for each head and relative position (as in VDM; here in time, height and width) tells before from after. In
-    time it is the same for all distances beyond REACH, so that any number of frames will do.
+    time it is the same for all distances beyond `reach`, so that any number of frames will do.
     """
-    REACH = 16
-
-    def __init__(self, C, head_dim, grid=1):
+    def __init__(self, C, head_dim, over, grid):
         super().__init__()
-        self.heads, self.grid = max(1, C // head_dim), grid
+        self.heads, self.over = max(1, C // head_dim), over
+        self.reach, self.grid = 0 if over == "space" else 16, 1 if over == "time" else grid
         self.norm, self.qkv, self.proj = norm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
         nn.init.zeros_(self.proj.weight)
-        distance = torch.arange(-self.REACH, self.REACH + 1)[:, None]
+        distance = torch.arange(-self.reach, self.reach + 1)[:, None]
         focus = torch.arange(self.heads) % 3 - 1                              # heads begin with the frame before, this one, the one after
-        bias = -(distance - focus).abs().float()                              # (2 * REACH + 1, heads)
-        self.bias = nn.Parameter(bias.repeat_interleave((2 * grid - 1) ** 2, 0))   # one row for each (time, height, width) distance
-
-    def positions(self, T, device):
-        """Row of the bias for each pair of the T * grid * grid positions: (L, L)"""
-        axes = torch.meshgrid(*(torch.arange(n, device=device) for n in (T, self.grid, self.grid)), indexing="ij")
-        t, y, x = (a.flatten() - a.flatten()[:, None] for a in axes)          # (L, L) each
-        span = 2 * self.grid - 1
-        return ((t.clamp(-self.REACH, self.REACH) + self.REACH) * span + y + self.grid - 1) * span + x + self.grid - 1
+        bias = -(distance - focus).abs().float()                              # (2 * reach + 1, heads)
+        self.bias = nn.Parameter(bias.repeat_interleave((2 * self.grid - 1) ** 2, 0))   # one row for each (time, height, width) distance
 
     def forward(self, x, T):                                                  # (B*T, C, H, W)
         N, C, H, W = x.shape
         h = self.norm(x).permute(0, 2, 3, 1).reshape(-1, T, H * W, C)         # (B, T, HW, C)
-        h = h.flatten(1, 2) if self.grid > 1 else h.transpose(1, 2).flatten(0, 1)   # (B, T*HW, C) or (B*HW, T, C)
+        h = dict(time=h.transpose(1, 2).flatten(0, 1), space=h.flatten(0, 1), both=h.flatten(1, 2))[self.over]   # (., L, C)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (., heads, L, C / heads) each
-        bias = F.embedding(self.positions(T, x.device), self.bias).permute(2, 0, 1).to(q.dtype)   # (heads, L, L)
+        rows = distances(1 if self.over == "space" else T, self.grid, self.reach, x.device)   # (L, L)
+        bias = F.embedding(rows, self.bias).permute(2, 0, 1).to(q.dtype)      # (heads, L, L)
         with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():   # its flash kernel is slow on short sequences
             h = F.scaled_dot_product_attention(q, k, v, bias)                 # (., heads, L, C / heads)
         h = self.proj(h.transpose(1, 2).flatten(2))                           # (., L, C)
-        h = h if self.grid > 1 else h.view(-1, H * W, T, C).transpose(1, 2)   # (B, T, HW, C)
+        h = h.view(-1, H * W, T, C).transpose(1, 2) if self.over == "time" else h
         return x + h.reshape(N, H, W, C).permute(0, 3, 1, 2)
+
+@functools.lru_cache
+def distances(T, grid, reach, device):
+    """Row of the bias for each pair of the T * grid * grid positions: (L, L)"""
+    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in (T, grid, grid)), indexing="ij")
+    t, y, x = (a.flatten() - a.flatten()[:, None] for a in axes)              # (L, L) each
+    return ((t.clamp(-reach, reach) + reach) * (2 * grid - 1) + y + grid - 1) * (2 * grid - 1) + x + grid - 1
 
 def norm(C):
     return nn.GroupNorm(math.gcd(32, C // 4), C)                              # of a single frame: at least 4 channels a group
 
 class Layer(nn.Module):
-    """Residual block, then attention: in time, or on a coarse grid in space and time at once."""
-    def __init__(self, C, D, E, c, grid):
+    """Residual block, then attention over each of `overs`."""
+    def __init__(self, C, D, E, c, overs, grid):
         super().__init__()
-        self.block, self.attention = ResBlock(C, D, E, c.dropout), Attention(D, c.head_dim, grid)
+        self.block = ResBlock(C, D, E, c.dropout)
+        self.attention = nn.ModuleList([Attention(D, c.head_dim, over, grid) for over in overs])
 
     def forward(self, x, emb, T):
-        return self.attention(self.block(x, emb, T), T)
+        x = self.block(x, emb, T)
+        for attention in self.attention:
+            x = attention(x, T)
+        return x
 
 class UNet(nn.Module):
     """(x (B, C, T, H, W), t (B,) or (B, T) in 0 ... timesteps - 1, label (B,) in 0 ... classes) -> prediction like x.
@@ -149,13 +156,16 @@ class UNet(nn.Module):
     Each frame may have a noise level of its own: given frames have t = 0. Label number `classes` is the null label: any class.
     With classes = 0 labels are not looked at.
     """
-    def __init__(self, config, channels, height, classes):
+    def __init__(self, config, channels, frames, height, classes):
         super().__init__()
         c, self.classes = config, classes
         if height % 2 ** (len(c.mults) - 1):
             raise UserError(f"the U-Net halves its {height} x {height} grid {len(c.mults) - 1} times, which does not divide: give fewer --mults, or another size or --down in stage 1")
         E, widths = 2 * c.width, [c.width * m for m in c.mults]
-        grids = [height >> i if height >> i <= c.attention else 1 for i in range(len(widths))]   # 1: attention in time only
+        grids = [height >> i for i in range(len(widths))]
+        # attention over everything is quadratic in positions: on finer levels time alone, and at the bottom space, then time
+        overs = [["both"] if frames * g * g <= c.attention else ["time"] for g in grids]
+        bottom = ["both"] if "both" in overs[-1] else ["space", "time"]
         self.width = c.width
         self.emb = nn.Sequential(nn.Linear(c.width, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(classes + 1, E) if classes else None
@@ -163,15 +173,15 @@ class UNet(nn.Module):
         self.down, self.up, skips, C = nn.ModuleList(), nn.ModuleList(), [c.width], c.width
         for i, D in enumerate(widths):
             for _ in range(c.blocks):
-                self.down.append(Layer(C, D, E, c, grids[i]))
+                self.down.append(Layer(C, D, E, c, overs[i], grids[i]))
                 skips.append(C := D)
             if i < len(widths) - 1:
                 self.down.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
                 skips.append(C)
-        self.middle = nn.ModuleList([Layer(C, C, E, c, height >> len(widths) - 1) for _ in range(2)])
+        self.middle = nn.ModuleList([Layer(C, C, E, c, bottom, grids[-1]) for _ in range(2)])
         for i, D in reversed(list(enumerate(widths))):
             for _ in range(c.blocks + 1):
-                self.up.append(Layer(C + skips.pop(), D, E, c, grids[i]))
+                self.up.append(Layer(C + skips.pop(), D, E, c, overs[i], grids[i]))
                 C = D
             if i:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1)))
@@ -309,7 +319,7 @@ class System:
         else:
             self.shape = 3, frames, size, size
         self.diffusion = Diffusion(c.timesteps, c.noise, c.predict)
-        self.unet = UNet(c, self.shape[0], self.shape[2], len(classes or [])).to(device)
+        self.unet = UNet(c, *self.shape[:3], len(classes or [])).to(device)
         self.set_statistics(torch.zeros(self.shape[0]), torch.ones(self.shape[0]), 1.0)
 
     def set_statistics(self, mean, std, bound):
@@ -338,7 +348,7 @@ class System:
         T, streams = self.shape[1], [torch.Generator().manual_seed(int(s)) for s in seeds]
         randn = lambda: torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
         network = guided(self.unet, labels, guidance)
-        video = randn()[:, :, :0] if context is None else context
+        video = torch.empty(len(seeds), self.shape[0], 0, *self.shape[2:], device=self.device) if context is None else context
         while video.shape[2] < (length or T):
             given = video[:, :, max(0, video.shape[2] - max(1, T // 2)):]     # (N, C, K, H, W), K <= T / 2
             K = given.shape[2]
@@ -415,31 +425,36 @@ def main():
             print(f"note: stage 1 was trained on {stage1['config']['data']}, this stage is on {cfg.data}")
     vqgan = build_vqgan(stage1, device) if stage1 else None
     clip, flip = (cfg.frames, cfg.size, cfg.stride), bool(stage1 and stage1["config"]["flip"])
-    train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, flip)
-    test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
+    with one_after_the_other():
+        train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, flip)
+        test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
 
     # nets and optimisers; only the U-Net is trained
     system = System(cfg, vqgan, clip, train.classes, device)
     unet, diffusion, classes = system.unet, system.diffusion, len(train.classes or [])
     ema = copy.deepcopy(unet).requires_grad_(False).eval()
     opts = optimisers(unet, cfg.lr)
+    if compiles(cfg.compile, device):
+        unet.compile()
 
     # the latents, and their statistics
     latents = None
     if stage1 and cfg.latents:
         weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in stage1["model"].values())).hexdigest()
         key = json.dumps([weights, train.fingerprint, clip, flip, cfg.latents])
-        latents, labels = encode_once(system, train, cfg.latents, out / "latents.npy", key, autocast)
-    def batch(n, rng):
-        """n clean samples as the U-Net sees them, and their labels"""
-        if latents is not None:
-            i = np.sort(rng.integers(len(latents), size=n))
-            z, y = torch.from_numpy(latents[i]).float().to(device), labels[torch.from_numpy(i)]
-        else:
-            clips, y = train.batch(n, rng)
-            with torch.no_grad(), autocast():
-                z = system.encode(clips)
-        return (z - system.mean) / system.std, y.to(device)
+        with one_after_the_other():
+            latents, labels = encode_once(system, train, cfg.latents, out / "latents.npy", key, autocast)
+    def fetch(n, rng):
+        """n latents, or clips (uint8) that are to be encoded, and their labels"""
+        if latents is None:
+            return train.batch(n, rng)
+        i = np.sort(rng.integers(len(latents), size=n))
+        return torch.from_numpy(latents[i]), labels[torch.from_numpy(i)]
+    def clean(z):
+        """what fetch brought -> clean samples as the U-Net sees them"""
+        with torch.no_grad(), autocast():
+            z = z.to(device).float() if latents is not None else system.encode(z)
+        return (z - system.mean) / system.std
     if state:
         start = state["step"]
         unet.load_state_dict(state["model"])
@@ -448,7 +463,7 @@ def main():
             opt.load_state_dict(s)
         system.set_statistics(*state["statistics"])
     elif stage1:
-        z = torch.cat([batch(64, np.random.default_rng((cfg.seed, i)))[0] for i in range(16)])          # (1024, C, T, H, W)
+        z = torch.cat([clean(fetch(64, np.random.default_rng((cfg.seed, i)))[0]) for i in range(16)])          # (1024, C, T, H, W)
         mean, std = z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4)) + 1e-6
         bound = ((z - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)).abs().max().item()
         system.set_statistics(mean, std, bound)
@@ -468,11 +483,13 @@ def main():
     preview = torch.arange(rows, device=device).repeat_interleave(3) if classes else None
     print(f"U-Net {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters on {' x '.join(map(str, system.shape))}, {classes} classes, {device}, writing {out}/")
 
+    mine, B = parts(cfg.batch_size, cfg.accumulate), cfg.batch_size
+    batches = ahead(lambda step: fetch(B, np.random.default_rng((cfg.seed, step))), range(start, cfg.steps))
     caught, clock, mark, waited = catch_signals(), time.time(), start, 0.0
     quarters = torch.zeros(2, 4, device=device)                               # sums and counts of the loss by quarter of the times
-    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 2", mininterval=1 if sys.stderr.isatty() else 20)
+    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 2", mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
     for step in bar:
-        if step % cfg.eval_every == 0 or step == cfg.steps:
+        if not RANK and (step % cfg.eval_every == 0 or step == cfg.steps):
             system.unet = ema
             with torch.no_grad(), autocast():
                 noisy, target = diffusion.add_noise(held, held_noise, held_t)
@@ -496,24 +513,28 @@ def main():
                 group["lr"] = cfg.lr * schedule(step, cfg.steps)
 
         tick = time.time()
-        x0, label = batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))   # (B, C, T, H, W), (B,)
+        samples, label = next(batches)
         waited += time.time() - tick
 
-        B = len(x0)                                                           # times spread evenly over the batch: less variance
-        t = ((torch.rand(1) + torch.randperm(B) / B) % 1 * diffusion.T).long().clamp(max=diffusion.T - 1).to(device)   # (Kingma et al. 2021)
-        eps = torch.randn(x0.shape).to(device)
-        if classes:                                                           # the null label is trained here
-            label = torch.where((torch.rand(B) < cfg.label_drop).to(device), classes, label)
-        noisy, target = diffusion.add_noise(x0, eps, t)
-        T = x0.shape[2]                                                       # of some clips the first frames are given, clean
-        given_frames = torch.where(torch.rand(B) < cfg.context, torch.randint(T, (B,)), 0)                   # (B,)
-        clean = (torch.arange(T) < given_frames[:, None]).to(device)          # (B, T)
-        noisy = torch.where(clean[:, None, :, None, None], x0, noisy)
-        with autocast():
-            prediction = unet(noisy, t[:, None].masked_fill(clean, 0), label if classes else None)
-        losses = (prediction - target).square().mean((1, 3, 4))               # (B, T)
-        losses = losses.masked_fill(clean, 0).sum(1) / (~clean).sum(1)        # (B,), of the frames that were not given
-        losses.mean().backward()
+        # what is random is drawn for the whole batch, whatever the parts: times spread evenly have less variance (Kingma et al. 2021)
+        t = ((torch.rand(1) + torch.randperm(B) / B) % 1 * diffusion.T).long().clamp(max=diffusion.T - 1)
+        eps, T = torch.randn(B, *system.shape), system.shape[1]
+        label = torch.where(torch.rand(B) < cfg.label_drop, classes, label) if classes else label   # the null label is trained here
+        count = torch.where(torch.rand(B) < cfg.context, torch.randint(T, (B,)), 0)                 # frames that are given, clean
+        known = torch.arange(T) < count[:, None]                              # (B, T)
+        losses = []
+        for part in mine:
+            x0, times, clean_frames = clean(samples[part]), t[part].to(device), known[part].to(device)
+            noisy, target = diffusion.add_noise(x0, eps[part].to(device), times)
+            noisy = torch.where(clean_frames[:, None, :, None, None], x0, noisy)
+            with autocast():
+                prediction = unet(noisy, times[:, None].masked_fill(clean_frames, 0), label[part].to(device) if classes else None)
+            error = (prediction - target).square().mean((1, 3, 4)).masked_fill(clean_frames, 0)      # (b, T): given frames do not count
+            losses.append(error.sum(1) / (~clean_frames).sum(1))              # (b,)
+            (losses[-1].mean() / len(mine)).backward()
+            losses[-1] = losses[-1].detach()
+        losses = torch.cat(losses)
+        average_gradients(unet)
         for opt in opts:
             opt.step()
             opt.zero_grad()
@@ -521,9 +542,11 @@ def main():
             decay = min(cfg.ema, (1 + step) / (10 + step))
             for a, b in zip(ema.parameters(), unet.parameters()):
                 a.lerp_(b, 1 - decay)
-            quarters += torch.stack([losses, torch.ones_like(losses)]) @ F.one_hot(t * 4 // diffusion.T, 4).float()
+            quarter = F.one_hot(t[mine[0].start:mine[-1].stop].to(device) * 4 // diffusion.T, 4).float()
+            quarters += torch.stack([losses, torch.ones_like(losses)]) @ quarter
 
-        if step % 20 == 0 or caught:
+        stop = caught if WORLD == 1 else step % 20 == 0 and total(torch.tensor(float(len(caught)), device=device)).item()
+        if step % 20 == 0 or stop:
             loss = losses.mean().item()
             if not math.isfinite(loss):
                 raise UserError(f"step {step}: the loss is not finite; {path} still holds the last good step. Lower --lr, then run again")
@@ -532,7 +555,7 @@ def main():
                                 lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds, memory_gb=peak_memory(device)))
             quarters.zero_()
             bar.set_postfix(loss=f"{loss:.3f}", GB=f"{peak_memory(device):.1f}", refresh=False)
-        if caught:
+        if stop:
             checkpoint(step + 1)
             raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")
     print(f"done: {path}, the log {log}, samples from fixed noise {out / 'diffusion.gif'}")

@@ -4,6 +4,7 @@
 
     python vqgan3d.py                                        # the toy, on anything (CPU: about 5 minutes)
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
+    torchrun --nproc_per_node 4 vqgan3d.py --data sky        # four of them, a part of each batch on each
     python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0 --device cpu
 
 It is trained by five losses, each a named term whose weight is a flag:
@@ -13,13 +14,17 @@ It is trained by five losses, each a named term whose weight is a flag:
 Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for bit), vqgan.jsonl (the log), vqgan.gif (held-out
 clips over their reconstructions, remade at every evaluation).
 """
-import dataclasses, fcntl, functools, json, math, os, resource, signal, sys, time
+import atexit, dataclasses, fcntl, functools, json, math, os, resource, signal, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
 from data import UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
 
@@ -53,6 +58,7 @@ class Config:
     gan_start: float = 0.6        # ... and from here its judgement reaches the generator
     disc_width: int = 64          # channels of the discriminator's first layer
     batch_size: int = 8           # clips a step
+    accumulate: int = 1           # parts that a batch is computed in, one after the other, to save memory
     lr: float = 4e-3              # peak learning rate of Muon and Adam: 2% linear warm-up, then cosine to zero
     disc_lr: float = 2e-4         # the discriminator's Adam, constant (DCGAN's value)
     seed: int = 0                 # everything random follows from (seed, step)
@@ -62,6 +68,7 @@ class Config:
     eval_clips: int = 64          # held-out clips of an evaluation
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (bfloat16 where the hardware multiplies it), float32, bfloat16
+    compile: str = "auto"         # torch.compile: auto (on a GPU), on, off
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
@@ -69,7 +76,7 @@ PRESETS = {
     "sky":    dict(),
     "ucf101": dict(),
 }
-MAY_CHANGE = {"data_dir", "out", "steps", "vgg", "eval_every", "eval_clips", "device", "fresh"}   # and still be the same run
+MAY_CHANGE = {"data_dir", "out", "steps", "accumulate", "vgg", "eval_every", "eval_clips", "device", "compile", "fresh"}   # and still be the same run
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the autoencoder: convolutions factorised into space and time, on patches
@@ -149,14 +156,14 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().movedim(1, -1).reshape(-1, D)                    # (N, D)
             if self.training:
-                self.revive(flat.detach())
+                self.revive(gather(flat.detach()))
             distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T   # (N, K), less |z|^2, the same for all codes
             codes = distance.argmin(1)                                        # (N,)
             e = F.embedding(codes, self.codebook)                             # (N, D)
             losses = F.mse_loss(e, flat.detach()), F.mse_loss(flat, e.detach())
             if self.training:
-                count = torch.bincount(codes, minlength=len(self.codebook))
-                self.usage.lerp_(count * (len(count) / len(codes)), 0.02)
+                count = total(torch.bincount(codes, minlength=len(self.codebook)).float())
+                self.usage.lerp_(count * (len(count) / (len(codes) * WORLD)), 0.02)
             z_q = flat + (e - flat).detach()                                  # straight through: dz_q / dz = 1
         return z_q.view(B, T, H, W, D).movedim(-1, 1), codes.view(B, T, H, W), losses
 
@@ -221,6 +228,17 @@ class VQGAN(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # the discriminator
 
+class BatchNorm(nn.BatchNorm3d):
+    """Batch norm over the clips of all processes, so that the game is the same on any number of GPUs."""
+    def forward(self, x):
+        if WORLD == 1:
+            return super().forward(x)
+        axes, shape, n = (0, 2, 3, 4), (1, -1, 1, 1, 1), x.numel() // x.shape[1] * WORLD
+        x = x.float()
+        x = x - (total(x.sum(axes)) / n).view(shape)
+        scale = self.weight * (total(x.square().sum(axes)) / n + self.eps).rsqrt()
+        return x * scale.view(shape) + self.bias.view(shape)
+
 class Discriminator(nn.Module):
     """DCGAN's discriminator (Radford et al. 2016) with 4x4x4 kernels: stride 2, batch norm except in the first and the last
     layer, LeakyReLU 0.2, weights N(0, 0.02), one logit. x (B, 3, T, H, W) -> logit (B,), list of internal features."""
@@ -231,7 +249,7 @@ class Discriminator(nn.Module):
             D = min(width * 2 ** len(layers), 8 * width)
             halve = [n > 4 for n in shape]
             conv = Conv(C, D, tuple(4 if h else 3 for h in halve), tuple(2 if h else 1 for h in halve), 1, bias=not layers)
-            norm = nn.BatchNorm3d(D, track_running_stats=False) if layers else nn.Identity()
+            norm = BatchNorm(D, track_running_stats=False) if layers else nn.Identity()
             layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
             shape, C = tuple(n // 2 if h else n for n, h in zip(shape, halve)), D
         self.layers, self.head = nn.ModuleList(layers), nn.Conv3d(C, 1, shape)
@@ -262,23 +280,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            kernels = {}                                                      # of one shape are done at once: on a GPU that counts
             for p in group["params"]:
                 m = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 m.lerp_(p.grad, 1 - group["momentum"])
                 u = p.grad.lerp(m, group["momentum"]).reshape(len(p), -1)     # Nesterov; (out, in * kernel)
-                wide = u.shape[0] <= u.shape[1]
-                u = orthogonalise(u if wide else u.T)
-                u = (u if wide else u.T).reshape(p.shape)
-                p.add_(u, alpha=-group["lr"] * 0.2 * max(len(p), p[0].numel()) ** 0.5)
+                kernels.setdefault(u.shape, []).append((p, u))
+            for (rows, columns), pairs in kernels.items():
+                u = torch.stack([u for _, u in pairs])
+                u = orthogonalise(u) if rows <= columns else orthogonalise(u.mT).mT
+                for (p, _), step in zip(pairs, u):
+                    p.add_(step.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
 
 def orthogonalise(u):
-    """Newton-Schulz iteration towards the nearest matrix with singular values of about 1; u (m, n), m <= n.
+    """Newton-Schulz iteration towards the nearest matrices with singular values of about 1; u (..., m, n), m <= n.
 
     Each step is u <- p(u u') u. All these p are polynomials in the first u u', a small matrix, so they are multiplied together
     there, and u itself, which is often ten times as long, is touched only at the beginning and the end.
     """
-    u = u.float() / (u.norm() + 1e-7)
-    a, q, eye = u @ u.T, None, torch.eye(len(u), device=u.device)
+    u = u.float() / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, q, eye = u @ u.mT, None, torch.eye(u.shape[-2], device=u.device)
     for i in range(5):
         p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a                        # the quintic of Jordan et al.
         q = p @ q if i else p
@@ -290,7 +311,7 @@ def optimisers(model, lr):
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))}
     matrices = [p for p in model.parameters() if id(p) in kernels]
     others = [p for p in model.parameters() if id(p) not in kernels]
-    return [Muon(matrices, lr), torch.optim.Adam(others, lr, betas=(0.9, 0.99))]
+    return [Muon(matrices, lr), torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=others[0].is_cuda)]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # what both stages need: device, checkpoints, log
@@ -299,6 +320,8 @@ def pick_device(device="auto", dtype="auto"):
     """-> torch.device, and a function that opens the autocast context of the dtype; "auto" takes what is fastest here."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and WORLD > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
@@ -308,6 +331,13 @@ def pick_device(device="auto", dtype="auto"):
         raise UserError(f"--dtype {dtype}: auto, float32 or bfloat16 is wanted")
     if dtype == "auto":
         dtype = "bfloat16" if has_bfloat16(device) else "float32"
+    if WORLD > 1 and not dist.is_initialized():                               # the processes find one another
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        if RANK:                                                              # only process 0 speaks, and writes
+            sys.stdout = open(os.devnull, "w")
     # a context for each forward: autocast keeps the weights it has cast until it closes, stale once the optimiser has stepped
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
@@ -318,17 +348,81 @@ def has_bfloat16(device):
         return any(getattr(torch.cpu, f"_is_{f}_supported", bool)() for f in ("amx_tile", "avx512_bf16"))
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
+# torchrun starts several processes and tells each its number; without it there is one, and none of this does anything
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def total(x):
+    """Sum over the processes; gradients flow through it."""
+    return all_reduce(x) if WORLD > 1 else x
+
+def gather(x):
+    """(N, ...) of each process -> (N * WORLD, ...), in their order"""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+def average_gradients(*modules):
+    """All processes go on with the mean of their gradients: one message for all of them."""
+    grads = [p.grad for m in modules if m and WORLD > 1 for p in m.parameters() if p.grad is not None]
+    if grads:
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, mean in zip(grads, (flat / WORLD).split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
+
+@contextmanager
+def one_after_the_other():
+    """Process 0 first, so that what it leaves on disk is there for the others."""
+    if RANK:
+        dist.barrier()
+    yield
+    if WORLD > 1 and not RANK:
+        dist.barrier()
+
+def parts(n, accumulate):
+    """Slices of a batch of n: this process's share, in `accumulate` parts."""
+    size, rest = divmod(n, WORLD * accumulate)
+    if rest or accumulate < 1:
+        raise UserError(f"--batch_size {n} cannot be divided among {WORLD} process(es) x --accumulate {accumulate}")
+    return [slice(i * size, (i + 1) * size) for i in range(RANK * accumulate, (RANK + 1) * accumulate)]
+
+def ahead(fetch, steps):
+    """fetch(step) for each of the steps; a thread has the next one ready while this one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(fetch, steps[0]) if steps else None
+        for step in steps:
+            now, following = following, thread.submit(fetch, step + 1)
+            yield now.result()
+
+def compiles(flag, device):
+    """Whether to use torch.compile: --compile, and a trial that shows whether there is a compiler that works."""
+    if flag not in ("auto", "on", "off"):
+        raise UserError(f"--compile {flag}: auto, on or off is wanted")
+    if flag == "off" or flag == "auto" and device.type != "cuda":
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        torch._dynamo.config.suppress_errors = True                           # what cannot be compiled runs as it is
+        return True
+    except Exception as e:                                                    # no C compiler, no Triton
+        print(f"torch.compile does not work here ({first_line(e)}): going on without")
+        return False
+
 def lock(path):
     """Hold the returned file while training into path: a second process is refused. The system frees it, even after a crash."""
     f = open(path.with_name(f".{path.stem}.lock"), "w")
     try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        RANK or fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process is training {path}: wait for it, stop it, or give another --out")
     return f
 
 def save(path, state):
     """Write a checkpoint so that a crash at any moment leaves the old file or the new one, never half of one."""
+    if RANK:
+        return
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -364,7 +458,8 @@ def resume(path, cfg, may_change, log):
         print(f"resuming {path} at step {state['step']}")
         if log.exists():
             rows = [r for r in log.read_text(errors="replace").splitlines() if (json_or_none(r) or {}).get("step", math.inf) < state["step"]]
-    log.write_text("".join(r + "\n" for r in rows))
+    if not RANK:
+        log.write_text("".join(r + "\n" for r in rows))
     return state
 
 def json_or_none(text):
@@ -374,6 +469,8 @@ def json_or_none(text):
         return None
 
 def write_log(path, row):
+    if RANK:
+        return
     with open(path, "a") as f:
         f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
@@ -435,7 +532,10 @@ def main():
     disc = Discriminator(cfg.frames, cfg.size, cfg.disc_width).to(device) if cfg.gan or cfg.feature else None
     vgg = load_vgg(cfg.vgg).to(device) if cfg.perceptual else None
     opts = optimisers(vqgan, cfg.lr)
-    disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999)) if disc else None
+    disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999), fused=device.type == "cuda") if disc else None
+    if compiles(cfg.compile, device):
+        for module in (vqgan.encoder, vqgan.decoder, disc, vgg):
+            module and module.compile()
 
     state, start = resume(path, cfg, MAY_CHANGE, log), 0
     if state:
@@ -450,16 +550,18 @@ def main():
         save(path, dict(config=dataclasses.asdict(cfg), step=step, model=vqgan.state_dict(), opts=[o.state_dict() for o in opts],
                         disc=disc.state_dict() if disc else None, disc_opt=disc_opt.state_dict() if disc else None))
 
-    train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.flip)
-    test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
-    clips = test.fixed(cfg.eval_clips)[0]
+    with one_after_the_other():
+        train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.flip)
+        test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
+    clips, mine = test.fixed(cfg.eval_clips)[0], parts(cfg.batch_size, cfg.accumulate)
+    batches = ahead(lambda step: train.batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))[0], range(start, cfg.steps))
     print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent {cfg.code_dim} x " +
           " x ".join(str(n // d) for n, d in zip((cfg.frames, cfg.size, cfg.size), cfg.down)) + f", {device}, writing {out}/")
 
     caught, clock, mark, waited = catch_signals(), time.time(), start, 0.0
-    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 1", mininterval=1 if sys.stderr.isatty() else 20)
+    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 1", mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
     for step in bar:
-        if step % cfg.eval_every == 0 or step == cfg.steps:
+        if not RANK and (step % cfg.eval_every == 0 or step == cfg.steps):
             scores, y = validate(vqgan, clips, autocast, cfg.batch_size)
             save_grid(out / "vqgan.gif", side_by_side(clips[:8], y[:8]), columns=min(8, len(y)))
             write_log(log, dict(step=step, **scores))
@@ -479,46 +581,54 @@ def main():
             vqgan.quantizer.started.fill_(True)
 
         tick = time.time()
-        x = to_float(train.batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))[0].to(device))   # (B, 3, T, H, W)
+        batch = next(batches)                                                 # uint8 (B, T, H, W, 3)
         waited += time.time() - tick
+        frame = torch.randint(cfg.frames, (cfg.batch_size,))                  # one of each clip, for the perceptual loss
+        play, losses = disc and step >= cfg.gan_start * cfg.steps, {}
+        for part in mine:
+            x = to_float(batch[part].to(device, non_blocking=True))           # (B, 3, T, H, W)
 
-        # the autoencoder: what each loss asks of the pixels y, then one backward pass through decoder and encoder
-        with autocast():
-            y, codes, (codebook, commitment) = vqgan(x)
-        losses = dict(mse=F.mse_loss(y, x), codebook=codebook, commitment=commitment)
-        loss = cfg.mse * losses["mse"]
-        if vgg:
+            # the autoencoder: what each loss asks of the pixels y, then one backward pass through decoder and encoder
             with autocast():
-                i = range(len(x)), slice(None), torch.randint(cfg.frames, (len(x),))     # one frame a clip, the same of both
-                losses["perceptual"] = vgg(x[i], y[i])
-            loss = loss + cfg.perceptual * losses["perceptual"]
-        pull, = torch.autograd.grad(loss, y)
-        if disc and step >= cfg.gan_start * cfg.steps:
-            with autocast():
-                real = disc(x)[1]
-                logit, fake = disc(y)
-            losses["gan"] = F.softplus(-logit).mean()                         # -log D(y): the non-saturating game
-            losses["feature"] = sum(F.l1_loss(f.float(), r.float().detach()) for f, r in zip(fake, real)) / len(real)
-            push, = torch.autograd.grad(cfg.gan * losses["gan"] + cfg.feature * losses["feature"], y)
-            # its arrival must not wreck the reconstruction: however it shouts, its gradient stays shorter than theirs
-            pull = pull + push * (cfg.gan_ratio * pull.norm() / push.norm().clamp_min(1e-12)).clamp(max=1)
-        torch.autograd.backward([y, cfg.codebook * codebook + cfg.commitment * commitment] if codebook.requires_grad else [y],
-                                [pull, None] if codebook.requires_grad else [pull])
-        for opt in opts:
+                y, codes, (codebook, commitment) = vqgan(x)
+            terms = dict(mse=F.mse_loss(y, x), codebook=codebook, commitment=commitment)
+            loss = cfg.mse * terms["mse"]
+            if vgg:
+                with autocast():
+                    i = range(len(x)), slice(None), frame[part]               # the same frame of both
+                    terms["perceptual"] = vgg(x[i], y[i])
+                loss = loss + cfg.perceptual * terms["perceptual"]
+            pull, = torch.autograd.grad(loss, y)
+            if play:
+                with autocast():
+                    real = disc(x)[1]
+                    logit, fake = disc(y)
+                terms["gan"] = F.softplus(-logit).mean()                      # -log D(y): the non-saturating game
+                terms["feature"] = sum(F.l1_loss(f.float(), r.float().detach()) for f, r in zip(fake, real)) / len(real)
+                push, = torch.autograd.grad(cfg.gan * terms["gan"] + cfg.feature * terms["feature"], y)
+                # its arrival must not wreck the reconstruction: however it shouts, its gradient stays shorter than theirs
+                length = total(torch.stack([pull.square().sum(), push.square().sum()])).sqrt()
+                pull = pull + push * (cfg.gan_ratio * length[0] / length[1].clamp_min(1e-12)).clamp(max=1)
+            vq = cfg.codebook * codebook + cfg.commitment * commitment
+            outputs, gradients = ([y, vq], [pull, torch.ones_like(vq)]) if vq.requires_grad else ([y], [pull])
+            torch.autograd.backward(outputs, [g / len(mine) for g in gradients])
+
+            # the discriminator: log D(x) + log(1 - D(y)), y detached so that nothing of this reaches the autoencoder
+            if disc and step >= cfg.disc_start * cfg.steps:
+                with autocast():
+                    real, fake = disc(x)[0], disc(y.detach())[0]
+                terms["disc"] = F.softplus(-real).mean() + F.softplus(fake).mean()
+                (terms["disc"] / len(mine)).backward()
+                terms.update(D_real=real.sigmoid().mean(), D_fake=fake.sigmoid().mean())
+            for k, v in terms.items():
+                losses[k] = losses.get(k, 0) + v.detach() / len(mine)
+        average_gradients(vqgan, disc)
+        for opt in (*opts, *([disc_opt] if disc else [])):
             opt.step()
             opt.zero_grad()
 
-        # the discriminator: log D(x) + log(1 - D(y)), y detached so that nothing of this reaches the autoencoder
-        if disc and step >= cfg.disc_start * cfg.steps:
-            with autocast():
-                real, fake = disc(x)[0], disc(y.detach())[0]
-            losses["disc"] = F.softplus(-real).mean() + F.softplus(fake).mean()
-            losses["disc"].backward()
-            disc_opt.step()
-            disc_opt.zero_grad()
-            losses.update(D_real=real.sigmoid().mean(), D_fake=fake.sigmoid().mean())
-
-        if step % 20 == 0 or caught:
+        stop = caught if WORLD == 1 else step % 20 == 0 and total(torch.tensor(float(len(caught)), device=device)).item()
+        if step % 20 == 0 or stop:
             row = {k: v.item() for k, v in losses.items()}
             bad = [k for k, v in row.items() if not math.isfinite(v)]
             if bad:
@@ -527,7 +637,7 @@ def main():
             write_log(log, dict(step=step, **row, lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds,
                                 dead_codes=(vqgan.quantizer.usage < 0.05).sum().item(), memory_gb=peak_memory(device)))
             bar.set_postfix(mse=f"{row['mse']:.4f}", GB=f"{peak_memory(device):.1f}", refresh=False)
-        if caught:
+        if stop:
             checkpoint(step + 1)
             raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")
     print(f"done: {path}, the log {log}, held-out clips over their reconstructions {out / 'vqgan.gif'}")

@@ -11,7 +11,7 @@ import data
 
 STAGE1 = ("--size 16 --frames 8 --down 2,4,4 --width 16 --blocks 1 --codes 16 --disc_width 4 --perceptual 0 "
           "--steps 60 --batch_size 2 --eval_every 20 --eval_clips 8 --device cpu").split()
-STAGE2 = ("--width 16 --mults 1,2 --blocks 1 --head_dim 8 --attention 4 --dropout 0.1 --timesteps 50 --ema 0.9 --lr 3e-3 "
+STAGE2 = ("--width 16 --mults 1,2 --blocks 1 --head_dim 8 --attention 16 --dropout 0.1 --timesteps 50 --ema 0.9 --lr 3e-3 "
           "--steps 24 --batch_size 8 --latents 32 --eval_every 12 --device cpu").split()
 
 def launch(script, *flags, cwd):

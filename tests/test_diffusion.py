@@ -13,7 +13,7 @@ from vqgan3d import build_vqgan
 def net(classes=3, **changes):
     """A small U-Net whose parameters are all random, those too that start at zero."""
     torch.manual_seed(0)
-    unet = UNet(Config(**{**dict(width=16, mults=(1, 2), blocks=1, head_dim=8, attention=4), **changes}), 3, 8, classes)
+    unet = UNet(Config(**{**dict(width=16, mults=(1, 2), blocks=1, head_dim=8, attention=64), **changes}), 3, 4, 8, classes)
     for p in unet.parameters():
         p.data.add_(torch.randn_like(p) * 0.1)
     return unet.eval()
@@ -120,8 +120,8 @@ def test_time_attention_sees_the_order_of_the_frames():
     x, t = torch.randn(1, 3, 4, 8, 8), torch.tensor([20])
     assert (unet(x[:, :, order], t) - unet(x, t)[:, :, order]).abs().max() > 1e-2
     torch.manual_seed(0)
-    time, everywhere = Attention(16, 8), Attention(16, 8, grid=2)
-    for attention in (time, everywhere):
+    time, space, everywhere = (Attention(16, 8, over, 2) for over in ("time", "space", "both"))
+    for attention in (time, space, everywhere):
         torch.nn.init.normal_(attention.proj.weight)
         attention.norm = torch.nn.Identity()                                       # which ties the pixels of a frame together
     h = torch.randn(4, 16, 2, 2)                                                   # 4 frames of one video
@@ -129,11 +129,15 @@ def test_time_attention_sees_the_order_of_the_frames():
     late[3, :, 0, 0] += torch.randn(16)                                            # a change at one place of the last frame
     touched = lambda f: (f(late, 4) - f(h, 4)).abs().amax(1) > 1e-4                 # (T, H, W)
     assert touched(everywhere).all() and touched(time)[:, 0, 0].all() and touched(time).sum() == 4
+    assert touched(space)[3].all() and touched(space).sum() == 4
+    kinds = [[a.over for a in layer.attention] for layer in (*unet.down, *unet.middle) if isinstance(layer, diffusion.Layer)]
+    large = net(attention=15)                                                      # 4 x 4 x 4 = 64 positions: over 15 ...
+    assert kinds == [["time"], ["both"], ["both"], ["both"]] and [a.over for a in large.middle[0].attention] == ["space", "time"]
 
 def test_time_attention_knows_relative_positions_only():
     """Positions that tie a video to the frame numbers it was trained at, or that do not tell before from after."""
     torch.manual_seed(0)
-    attention, C, T = Attention(16, 8), 16, 12
+    attention, C, T = Attention(16, 8, "time", 1), 16, 12
     for p in attention.parameters():
         p.data.normal_()
     attention.norm = torch.nn.Identity()                                           # all frames ask and answer alike ...
@@ -186,7 +190,7 @@ def test_null_label_is_trained_by_label_dropping(stage1, stage2, main, monkeypat
 def test_a_sample_depends_on_its_seed_alone():
     """Noise drawn for the batch: another batch size, other videos."""
     torch.manual_seed(0)
-    system = System(Config(width=16, mults=(1,), blocks=1, head_dim=8, attention=4, timesteps=20), None, (4, 8, 1), ["a", "b"], torch.device("cpu"))
+    system = System(Config(width=16, mults=(1,), blocks=1, head_dim=8, attention=256, timesteps=20), None, (4, 8, 1), ["a", "b"], torch.device("cpu"))
     system.unet = net(classes=2).eval()
     for sampler in SAMPLERS:
         draw = lambda seeds, labels: system.sample(seeds, torch.tensor(labels), 2.0, sampler, 10)
@@ -221,7 +225,7 @@ def test_every_frame_has_its_own_noise_level():
 def test_given_frames_stay_and_windows_follow_from_them(monkeypatch):
     """Context that is noised, changed or forgotten; windows that continue another sample's, or none; a wrong length."""
     torch.manual_seed(0)
-    system = System(Config(width=16, mults=(1,), blocks=1, head_dim=8, attention=4, timesteps=20), None, (4, 8, 1), ["a", "b"], torch.device("cpu"))
+    system = System(Config(width=16, mults=(1,), blocks=1, head_dim=8, attention=256, timesteps=20), None, (4, 8, 1), ["a", "b"], torch.device("cpu"))
     system.unet = net(classes=2).eval()
     seen, forward = [], system.unet.forward
     monkeypatch.setattr(system.unet, "forward", lambda x, t, label=None: seen.append((x.clone(), t)) or forward(x, t, label))
