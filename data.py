@@ -146,9 +146,8 @@ def toy_distance(shape, dx, dy, radius):
 def toy_videos(n, frames=16, size=32, seed=0):
     """n videos of one bright shape gliding over a dark gradient; class = shape x direction of motion.
 
-    The world is a torus: what leaves on one side enters on the other, so a motion can go on for ever. It mostly leads from
-    one side through the middle to the other, so that a direction also shows in where things are. Colours, place and size are
-    random, the speed is not; edges are two pixels soft, so that sub-pixel places show. Returns uint8 (n, frames, size, size, 3)
+    The world is a torus: what leaves on one side enters on the other, so a motion can go on for ever. Colours, place and size
+    are random, the speed is not; edges are two pixels soft, so that sub-pixel places show. Returns uint8 (n, frames, size, size, 3)
     and int64 labels (n,), label = 4 * shape + motion; balanced, in random order, the same for the same seed.
     """
     rng = np.random.default_rng(seed)
@@ -163,7 +162,7 @@ def toy_videos(n, frames=16, size=32, seed=0):
         ramp = 0.5 + (np.cos(angle) * (x / size - 0.5) + np.sin(angle) * (y / size - 0.5)) / np.sqrt(2)
         ground = ground[0] + (ground[1] - ground[0]) * ramp[..., None]                   # (H, W, 3)
         radius, speed = size * rng.uniform(0.21, 0.25), size / 32                        # half way round the world in 16 frames
-        place = size * np.where(motion, rng.normal(0.5, 0.22, 2), rng.uniform(0.38, 0.62, 2))   # in the middle of the clip
+        place = size * np.where(motion, rng.uniform(0, 1, 2), rng.uniform(0.38, 0.62, 2))   # in the middle of the clip
         t = (np.arange(frames)[:, None, None] - frames / 2) * speed
         dx = (x - place[0] - motion[0] * t + size / 2) % size - size / 2                 # (T, H, W) from the centre, on the torus
         dy = (y - place[1] - motion[1] * t + size / 2) % size - size / 2
@@ -322,7 +321,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, worke
     old = load_index(index_path)
     if data == "toy":
         n, seed = (8192, 0) if split == "train" else (1024, 1)
-        fingerprint = f"toy 6 {n} {frames} {size} {seed}"
+        fingerprint = f"toy 7 {n} {frames} {size} {seed}"
         if old and old["fingerprint"] == fingerprint:
             return index_path
         check_disk(index_path.parent, n * frames * bytes_a_frame, f"toy {split}")

@@ -14,16 +14,17 @@
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the class asked for of each),
 samples.gif (a grid of the first ones), and with --mp4 a file per video in samples/.
 """
-import json, math, time
+import json, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from data import SETS, UserError, Videos, parse, read_video, run, run_name, save_grid, to_float, to_uint8
 import diffusion, vqgan3d
 from diffusion import SAMPLERS, load_diffusion
-from vqgan3d import load_vqgan, peak_memory, pick_device, psnr, side_by_side
+from vqgan3d import compiles, load_vqgan, peak_memory, pick_device, psnr, side_by_side
 
 @dataclass
 class Config:
@@ -48,6 +49,7 @@ class Config:
     data_dir: str = "datasets"    # where the held-out clips lie
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (bfloat16 where the hardware multiplies it), float32, bfloat16
+    compile: str = "auto"         # torch.compile, a minute before the first sample: auto (on a GPU, from 256 videos on), on, off
 
 def choose_classes(text, classes, n):
     """"Bend,3" -> the label of each of n samples, or None for a set without classes"""
@@ -112,48 +114,61 @@ def benchmark(cfg, device, autocast):
     """The paper's speed table: 100 steps and the decoder of ours at 16 x 128 x 128, against the same U-Net on pixels at 16 x 64 x 64.
 
     The networks have the size of the sky preset and are untrained, which costs the same. On a CPU two steps are timed at
-    batch 1, and the hundred are fifty times as much. Each timing is the best of three: what disturbs one only makes it longer.
+    batch 1, and the hundred are fifty times as much. Each time is the mean and deviation of three after one for warming up.
+    The share is that of what one large matrix product reaches on the same device in the same type.
     """
     def seconds(f):
-        best = math.inf
-        for _ in range(3):
+        times = []
+        for _ in range(4):
             device.type == "cuda" and torch.cuda.synchronize()
             start = time.perf_counter()
             f()
             device.type == "cuda" and torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return best
-    steps, rows = 100, []
-    timed, batches = (steps, sorted({1, cfg.batch_size})) if device.type == "cuda" else (2, [1])
-    stage2 = diffusion.Config(**diffusion.PRESETS["sky"])
-    kinds = dict([("pixels, 16 x 64 x 64", None), *((f"latent, 16 x 128 x 128, down {down}", down) for down in ((4, 4, 4), (4, 8, 8)))])
-    for kind, down in kinds.items():
+            times.append(time.perf_counter() - start)
+        return np.array(times[1:])
+    def flops(f):
+        with FlopCounterMode(display=False) as counter:
+            f()
+        return counter.get_total_flops()
+    steps, rows, m = 100, [], torch.randn(8192 if device.type == "cuda" else 2048, 8192 if device.type == "cuda" else 2048, device=device)
+    with autocast():
+        peak = 2 * len(m) ** 3 / seconds(lambda: [m @ m for _ in range(8)]).min() * 8
+    timed, batches = (steps, (1, 4, 16, 64)) if device.type == "cuda" else (2, (1,))
+    stage2, compile = diffusion.Config(**diffusion.PRESETS["sky"]), compiles(cfg.compile, device)
+    print(f"{device}{'' if timed == steps else f', {timed} steps timed, the others extrapolated'}, a matrix product reaches {peak / 1e12:.2f} TFLOP/s; seconds a video, decoding included\n"
+          f"{'':<40}{'batch':>6}{'GFLOP':>7}{'a step':>9}{'share':>7}{'decode':>9}{'GB':>6}{'100 steps':>17}{'ratio':>7}{'20 steps':>10}{'ratio':>7}")
+    for kind, down in (("pixels, 16 x 64 x 64", None), ("latent, 16 x 128 x 128, down 4,4,4", (4, 4, 4)), ("latent, 16 x 128 x 128, down 4,8,8", (4, 8, 8))):
         vqgan = vqgan3d.VQGAN(vqgan3d.Config(**{**vqgan3d.PRESETS["sky"], "down": down})).to(device).eval() if down else None
-        if vqgan:
-            vqgan.quantizer.started.fill_(True)                                      # or it would let everything pass
         system = diffusion.System(stage2, vqgan, (16, 128 if down else 64, 1), None, device)
         system.unet.eval()
+        if vqgan:
+            vqgan.quantizer.started.fill_(True)                                      # or it would let everything pass
+        for module in (system.unet, *([vqgan.decoder] if vqgan else [])) if compile else ():
+            module.compile()
         for batch in batches:
+            device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
+            z, t = torch.randn(batch, *system.shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
             try:
-                z = torch.randn(batch, *system.shape, device=device)
-                draw = lambda: system.sample(range(batch), None, 1.0, "ddim", timed, autocast)
-                draw()                                                               # warm-up
                 with autocast():
-                    rows.append(dict(kind=kind, batch=batch, a_step=seconds(draw) / timed, decode=seconds(lambda: system.decode(z)), peak_gb=peak_memory(device)))
+                    work = 0 if compile else flops(lambda: system.unet(z, t))        # the counter does not see into compiled code
+                    a_step = seconds(lambda: system.sample(range(batch), None, 1.0, "ddim", timed, autocast)) / timed
+                    decode = seconds(lambda: system.decode(z))
             except torch.OutOfMemoryError:
-                print(f"{kind}: no memory for batch {batch}")
+                print(f"{kind:<40}{batch:>6}  does not fit")
+                break
+            r = dict(kind=kind, batch=batch, gflop=work / batch / 1e9, a_step=a_step.mean(), share=work / a_step.mean() / peak, decode=decode.mean(), peak_gb=peak_memory(device))
+            for n in (100, 20):
+                a_video = (n * a_step + decode) / batch
+                pixels = next((p["100_steps"] for p in rows if p["batch"] == batch), a_video.mean() if n == 100 else r["100_steps"])
+                r |= {f"{n}_steps": a_video.mean(), f"{n}_steps_std": a_video.std(), f"ratio_{n}": pixels / a_video.mean()}
+            rows.append(r)
+            print(f"{kind:<40}{batch:>6}{r['gflop']:>7.0f}{r['a_step']:>9.4f}{r['share']:>7.0%}{r['decode']:>9.4f}{r['peak_gb']:>6.1f}"
+                  f"{r['100_steps']:>9.3f} ± {r['100_steps_std']:<5.3f}{r['ratio_100']:>7.1f}{r['20_steps']:>10.3f}{r['ratio_20']:>7.1f}")
         del system, vqgan
-    print(f"\n{device}{'' if timed == steps else f', {timed} steps timed'}; seconds a video, decoding included\n{'':<40}{'batch':>6}{'a step':>10}{'decode':>10}{'100 steps':>11}{'ratio':>8}{'20 steps':>10}{'ratio':>8}")
-    for r in rows:
-        r |= {f"{n}_steps": (n * r["a_step"] + r["decode"]) / r["batch"] for n in (100, 20)}
-        pixels = next((p["100_steps"] for p in rows if p["batch"] == r["batch"]), math.nan)
-        r |= {f"ratio_{n}": pixels / r[f"{n}_steps"] for n in (100, 20)}
-        print(f"{r['kind']:<40}{r['batch']:>6}{r['a_step']:>10.4f}{r['decode']:>10.4f}{r['100_steps']:>11.3f}{r['ratio_100']:>8.1f}{r['20_steps']:>10.3f}{r['ratio_20']:>8.1f}")
-    print("note: attention over all positions of the coarse grids is dearer on pixels than VDM's, in space and time separately: the ratio flatters ours")
     print("published: VDM 35.26 s at 16 x 64 x 64, VQ-VDM 3.95 s at 16 x 128 x 128, both 100 steps: 8.9 times")
     path = Path(cfg.out or "runs") / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(device=str(device), timed_steps=timed, torch=torch.__version__, rows=rows), indent=1))
+    path.write_text(json.dumps(dict(device=str(device), timed_steps=timed, compiled=compile, torch=torch.__version__, matmul_tflops=peak / 1e12, rows=rows), indent=1))
     print(f"saved: {path}")
 
 @torch.no_grad()
@@ -199,6 +214,9 @@ def main():
     windows = max(1, -(-(length - (context.shape[2] if cfg.start else system.shape[1] // 2)) // (system.shape[1] - system.shape[1] // 2)))
     print(f"{n} videos of {frames} frames of {size} x {size} from {path}, trained for {system.step} steps; {cfg.sampler}, {steps} steps, guidance {guidance:g}, {device}")
 
+    if compiles("off" if cfg.compile == "auto" and n < 256 else cfg.compile, device):
+        for module in (system.unet, *([system.vqgan.decoder] if system.vqgan else [])):
+            module.compile()
     start = time.time()
     samples = np.lib.format.open_memmap(out / "samples.npy", "w+", np.uint8, (n, frames, size, size, 3))   # not held in memory
     evaluations = -(-n // cfg.batch_size) * steps * windows
