@@ -79,6 +79,8 @@ def test_i3d_small_golden(i3d):
     assert real.shape == (3, 400) and real.dtype == np.float64 and (noise[0] == keep).all()
     assert evaluate.frechet_distance(real, fake) == pytest.approx(518.6532, rel=1e-4)
     assert evaluate.kernel_distance(real, fake) == pytest.approx(45.4085, rel=1e-4)
+    rough = evaluate.i3d_logits(i3d, noise[0], dtype="bfloat16")
+    assert 0 < abs(rough - real).max() < 0.1 * real.std()
 
 def test_every_weight_format_gives_the_same_network(tmp_path):
     torch.manual_seed(0)
