@@ -50,7 +50,11 @@ def run(main):
     except UserError as e:
         message = str(e)
     except torch.OutOfMemoryError:
-        message = f"out of GPU memory (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB): lower --batch_size"
+        message = f"out of GPU memory (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB): lower --batch_size, or compute the batch in parts with --accumulate 2"
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and "DefaultCPUAllocator" not in str(e):
+            raise
+        message = f"out of memory ({first_line(e)}): lower --batch_size"
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
             raise
@@ -126,9 +130,19 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".mp4":
         grid = np.pad(grid, ((0, 0), (0, grid.shape[1] % 2), (0, grid.shape[2] % 2), (0, 0)), "edge")   # H.264 wants even sides
-        iio.imwrite(path, grid, plugin="pyav", codec="libx264", fps=fps)
+        how = dict(plugin="pyav", codec="libx264", fps=fps)
     else:
-        iio.imwrite(path, grid, plugin="pillow", duration=1000 // fps, loop=0)
+        how = dict(plugin="pillow", duration=1000 // fps, loop=0)
+    path.write_bytes(iio.imwrite("<bytes>", grid, extension=path.suffix, **how))         # in one go: a full disk is one error
+
+def new_array(path, dtype, shape):
+    """An .npy file as a memory map to write to, its space on disk really taken: a disk that is full says so here, where it is
+    an error of one line, and not at some later write into the map, where it would be a bus error."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):                                                   # not on macOS
+        with open(path, "r+b") as f:
+            os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    return array
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the toy set

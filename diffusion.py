@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from data import SETS, UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
+from data import SETS, UserError, Videos, first_line, new_array, parse, run, run_name, save_grid, to_float, to_uint8
 from vqgan3d import (RANK, WORLD, Conv, ahead, average_gradients, build_vqgan, catch_signals, compiles, load, lock, one_after_the_other, optimisers, parts,
                      peak_memory, pick_device, resume, save, schedule, total, write_log)
 
@@ -395,7 +395,7 @@ def encode_once(system, videos, n, path, key, autocast):
     note = path.with_suffix(".json")
     if not (path.exists() and note.exists() and note.read_text() == key):
         note.unlink(missing_ok=True)
-        latents = np.lib.format.open_memmap(path, "w+", np.float16, (n, *system.shape))
+        latents = new_array(path, np.float16, (n, *system.shape))
         for i in tqdm(range(0, n, 16), desc="encoding", unit_scale=16, unit=" clips"):
             clips = [videos.window(order[k], starts[k])[0][:, :, ::-1 if turn[k] else 1] for k in range(i, min(n, i + 16))]
             with torch.no_grad(), autocast():

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from data import SETS, UserError, Videos, parse, read_video, run, run_name, save_grid, to_float, to_uint8
+from data import SETS, UserError, Videos, new_array, parse, read_video, run, run_name, save_grid, to_float, to_uint8
 import diffusion, vqgan3d
 from diffusion import SAMPLERS, load_diffusion
 from vqgan3d import compiles, load_vqgan, peak_memory, pick_device, psnr, side_by_side
@@ -218,7 +218,7 @@ def main():
         for module in (system.unet, *([system.vqgan.decoder] if system.vqgan else [])):
             module.compile()
     start = time.time()
-    samples = np.lib.format.open_memmap(out / "samples.npy", "w+", np.uint8, (n, frames, size, size, 3))   # not held in memory
+    samples = new_array(out / "samples.npy", np.uint8, (n, frames, size, size, 3))   # not held in memory
     evaluations = -(-n // cfg.batch_size) * steps * windows
     with tqdm(total=evaluations, desc="sampling", unit=" steps") as bar:
         for i in range(0, n, cfg.batch_size):

@@ -18,6 +18,7 @@ import atexit, dataclasses, fcntl, functools, json, math, os, resource, signal, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 import numpy as np
 import torch
@@ -334,7 +335,7 @@ def pick_device(device="auto", dtype="auto"):
     if WORLD > 1 and not dist.is_initialized():                               # the processes find one another
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))   # the others wait while one decodes
         atexit.register(dist.destroy_process_group)
         if RANK:                                                              # only process 0 speaks, and writes
             sys.stdout = open(os.devnull, "w")
