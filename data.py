@@ -267,6 +267,8 @@ def resize_crop(frame, size):
     """uint8 (H, W, 3) -> (size, size, 3): the short side resized to size with antialiasing, then the centre square."""
     H, W, _ = frame.shape
     short = min(H, W)
+    if max(H, W) > 32 * short:                                                           # the long side would fill the memory
+        raise ValueError(f"a frame of {W} x {H} pixels")
     if short != size:
         x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]         # (1, 3, H, W) uint8
         shape = round(H * size / short), round(W * size / short)
@@ -424,9 +426,13 @@ def load_index(path):
     """The index of a prepared cache, or None if it is absent, damaged, or disagrees with the size of its file of frames."""
     index = read_json(path.read_text(errors="replace")) if path.exists() else None
     try:
-        count = sum(n for _, n, _, _ in index["videos"])
-        good = index["videos"] and path.with_suffix(".u8").stat().st_size == count * index["size"] ** 2 * 3
-        return index if good and all(k in index for k in ("fingerprint", "classes", "skipped")) else None
+        labels, count = range(-1, len(index["classes"] or [])), 0
+        for first, n, label, source in index["videos"]:
+            if first != count or n < 1 or label not in labels or not isinstance(source, str):
+                return None
+            count += n
+        good = count and path.with_suffix(".u8").stat().st_size == count * index["size"] ** 2 * 3 and "fingerprint" in index
+        return index if good and all(len(row) == 2 for row in index["skipped"]) else None
     except (TypeError, KeyError, ValueError, OSError):
         return None
 

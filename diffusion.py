@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
-from data import SETS, UserError, Videos, first_line, new_array, parse, run, run_name, save_grid, to_float, to_uint8
+from data import UserError, Videos, first_line, new_array, parse, run, run_name, save_grid, to_float, to_uint8
 from vqgan3d import (RANK, WORLD, Conv, ahead, average_gradients, build_vqgan, catch_signals, compiles, load, lock, one_after_the_other, optimisers, parts,
                      peak_memory, pick_device, resume, save, schedule, total, write_log)
 

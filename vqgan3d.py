@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributed.nn.functional import all_reduce
 from tqdm import tqdm
-from data import UserError, Videos, first_line, parse, run, run_name, save_grid, to_float, to_uint8
+from data import UserError, Videos, first_line, parse, read_json, run, run_name, save_grid, to_float, to_uint8
 
 @dataclass
 class Config:
@@ -458,16 +458,12 @@ def resume(path, cfg, may_change, log):
             raise UserError(f"{path} was trained with {', '.join(differ)}: give the same flags, another --out, or --fresh to start anew")
         print(f"resuming {path} at step {state['step']}")
         if log.exists():
-            rows = [r for r in log.read_text(errors="replace").splitlines() if (json_or_none(r) or {}).get("step", math.inf) < state["step"]]
+            rows = [r for r in log.read_text(errors="replace").splitlines() if (read_json(r) or {}).get("step", math.inf) < state["step"]]
     if not RANK:
-        log.write_text("".join(r + "\n" for r in rows))
+        temporary = log.with_suffix(".tmp")
+        temporary.write_text("".join(r + "\n" for r in rows))
+        os.replace(temporary, log)
     return state
-
-def json_or_none(text):
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 def write_log(path, row):
     if RANK:

@@ -1,6 +1,6 @@
 """The figures of the README, drawn from our own numbers as SVG.
 
-    python tests/figures.py --corruptions sky --data_dir datasets   # does FVD grow when footage is spoilt? (128 windows, 13 x 128 clips of I3D)
+    python tests/figures.py --corruptions sky --data_dir datasets   # does FVD grow when footage is spoilt? (64 windows, 13 x 64 clips of I3D)
     python tests/figures.py --curves runs/toy                       # the losses of both stages, from their logs
 """
 import argparse, json, sys
@@ -65,23 +65,23 @@ SPOILT = {
     "frozen part of the frames": ((0.25, 0.5, 0.75, 0.9375), freeze),
 }
 
-def corruptions(data, data_dir, out, n=128, size=128):
-    videos, i3d = Videos(data, data_dir, "train", size), evaluate.load_i3d()
-    clips = evaluate.draw(videos, n, 0)[:]                                         # uint8 (n, T, H, W, 3)
-    real = evaluate.i3d_logits(i3d, clips, desc="as it is")
+def corruptions(data, data_dir, out, dtype, i3d=None, n=64, size=128):
+    videos, i3d = Videos(data, data_dir, "train", size), evaluate.load_i3d(i3d)
+    clips = evaluate.draw(videos, n, 0)[:n]                                        # uint8 (n, T, H, W, 3)
+    real = evaluate.i3d_logits(i3d, clips, desc="as it is", dtype=dtype)
     fvd, kvd, table = {}, {}, []
     for what, (strengths, spoil) in SPOILT.items():
         rows = [(0, 0.0, 0.0)]
         for s in strengths:
             bad = np.concatenate([to_uint8(spoil(to_float(torch.from_numpy(clips[i:i + 8])), s)) for i in range(0, n, 8)])
-            logits = evaluate.i3d_logits(i3d, bad, desc=f"{what} {s}")
+            logits = evaluate.i3d_logits(i3d, bad, desc=f"{what} {s}", dtype=dtype)
             rows.append((s, evaluate.frechet_distance(real, logits), evaluate.kernel_distance(real, logits)))
             print(f"{what} {s}: FVD {rows[-1][1]:.1f}, KVD {rows[-1][2]:.2f}", flush=True)
         table.append(dict(what=what, rows=rows))
         fvd[what], kvd[what] = ([r[0] for r in rows], [r[1] for r in rows]), ([r[0] for r in rows], [r[2] for r in rows])
     out.with_suffix(".json").parent.mkdir(parents=True, exist_ok=True)
     Path("runs").mkdir(exist_ok=True)
-    Path("runs/corruptions.json").write_text(json.dumps(dict(data=data, n=n, size=size, table=table), indent=1))
+    Path("runs/corruptions.json").write_text(json.dumps(dict(data=data, n=n, size=size, dtype=dtype, table=table), indent=1))
     short = lambda k: k.split(",")[0].split(" part")[0]
     write(out, [panel(f"{name}: {short(k)}", k, {name: v}) for name, values in (("FVD", fvd), ("KVD", kvd)) for k, v in values.items()])
 
@@ -102,9 +102,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corruptions", metavar="DATA")
     parser.add_argument("--data_dir", default="datasets")
+    parser.add_argument("--i3d", help="I3D weights; else the user's cache, or pip")
+    parser.add_argument("--dtype", default="float32", help="of I3D: float32 or bfloat16")
     parser.add_argument("--curves", type=Path, metavar="RUN")
     args = parser.parse_args()
     if args.corruptions:
-        corruptions(args.corruptions, args.data_dir, Path("assets/corruptions.svg"))
+        corruptions(args.corruptions, args.data_dir, Path("assets/corruptions.svg"), args.dtype, args.i3d)
     if args.curves:
         curves(args.curves, Path("assets/curves.svg"))

@@ -1,5 +1,5 @@
 """Sets, decoding, cache, windows: each test names the bug that it would catch."""
-import json, shutil
+import shutil
 from pathlib import Path
 import imageio.v3 as iio
 import numpy as np

@@ -1,5 +1,5 @@
 """Stage 2: formulas against independent ones, the U-Net, guidance, what is trained and what is not, resuming."""
-import dataclasses, json, math, shutil
+import json, math, shutil
 from pathlib import Path
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
 """The scripts from end to end, as a user runs them, and what sample.py makes of their checkpoints."""
-import json, shutil
+import json
 from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
