@@ -27,7 +27,7 @@ def panel(title, xlabel, curves, log=False):
     for v in np.linspace(x0, x1, 5):
         out.append(text(X(v), 193, f"{v:g}", 'text-anchor="middle"'))
     for v in np.linspace(y0, y1, 5):
-        out.append(text(42, 182 - 145 * (v - y0) / (y1 - y0), f"{10 ** v if log else v:.3g}", 'text-anchor="end"'))
+        out.append(text(42, 182 - 145 * (v - y0) / (y1 - y0), f"{10 ** v if log else v:.2g}", 'text-anchor="end"'))
     for (name, (x, y)), colour in zip(curves.items(), COLOURS):
         points = " ".join(f"{X(a):.1f},{Y(b):.1f}" for a, b in zip(x, y))
         out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
