@@ -21,13 +21,14 @@ def panel(title, xlabel, curves, log=False):
     f = np.log10 if log else np.asarray
     x0, x1, y0, y1 = xs.min(), xs.max(), f(ys).min(), f(ys).max()
     X, Y = (lambda x: 46 + 240 * (x - x0) / (x1 - x0)), (lambda y: 178 - 145 * (f(y) - y0) / (y1 - y0))
+    short = lambda v: f"{v:.0f}" if abs(v) >= 100 else f"{v:.2g}"
     text = lambda x, y, s, more="": f'<text x="{x:.1f}" y="{y:.1f}" {more}>{s}</text>'
     out = [text(166, 16, title, 'text-anchor="middle" font-weight="bold"'), text(166, 212, xlabel, 'text-anchor="middle"'),
            '<path d="M46 30V178H290" fill="none" stroke="#888"/>']
     for v in np.linspace(x0, x1, 5):
-        out.append(text(X(v), 193, f"{v:g}", 'text-anchor="middle"'))
+        out.append(text(X(v), 193, short(v), 'text-anchor="middle"'))
     for v in np.linspace(y0, y1, 5):
-        out.append(text(42, 182 - 145 * (v - y0) / (y1 - y0), f"{10 ** v if log else v:.2g}", 'text-anchor="end"'))
+        out.append(text(42, 182 - 145 * (v - y0) / (y1 - y0), short(10 ** v if log else v), 'text-anchor="end"'))
     for (name, (x, y)), colour in zip(curves.items(), COLOURS):
         points = " ".join(f"{X(a):.1f},{Y(b):.1f}" for a, b in zip(x, y))
         out.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
