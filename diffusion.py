@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from data import UserError, Videos, first_line, new_array, parse, run, run_name, save_grid, to_float, to_uint8
-from vqgan3d import (RANK, WORLD, Conv, ahead, average_gradients, build_vqgan, catch_signals, compiles, load, lock, one_after_the_other, optimisers, parts,
-                     peak_memory, pick_device, resume, save, schedule, total, write_log)
+from vqgan3d import (RANK, Conv, ahead, average_gradients, build_vqgan, catch_signals, compiles, load, lock, one_after_the_other, optimisers, parts,
+                     peak_memory, pick_device, resume, save, schedule, stopping, write_log)
 
 @dataclass
 class Config:
@@ -545,7 +545,7 @@ def main():
             quarter = F.one_hot(t[mine[0].start:mine[-1].stop].to(device) * 4 // diffusion.T, 4).float()
             quarters += torch.stack([losses, torch.ones_like(losses)]) @ quarter
 
-        stop = caught if WORLD == 1 else step % 20 == 0 and total(torch.tensor(float(len(caught)), device=device)).item()
+        stop = stopping(caught, step, device)
         if step % 20 == 0 or stop:
             loss = losses.mean().item()
             if not math.isfinite(loss):

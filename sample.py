@@ -143,20 +143,21 @@ def benchmark(cfg, device, autocast):
         system.unet.eval()
         if vqgan:
             vqgan.quantizer.started.fill_(True)                                      # or it would let everything pass
+        with autocast():                                                             # before it is compiled, where nothing could be counted
+            gflop = flops(lambda: system.unet(torch.randn(1, *system.shape, device=device), torch.zeros(1, dtype=torch.long, device=device))) / 1e9
         for module in (system.unet, *([vqgan.decoder] if vqgan else [])) if compile else ():
             module.compile()
         for batch in batches:
             device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
-            z, t = torch.randn(batch, *system.shape, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+            z = torch.randn(batch, *system.shape, device=device)
             try:
                 with autocast():
-                    work = 0 if compile else flops(lambda: system.unet(z, t))        # the counter does not see into compiled code
                     a_step = seconds(lambda: system.sample(range(batch), None, 1.0, "ddim", timed, autocast)) / timed
                     decode = seconds(lambda: system.decode(z))
             except torch.OutOfMemoryError:
                 print(f"{kind:<40}{batch:>6}  does not fit")
                 break
-            r = dict(kind=kind, batch=batch, gflop=work / batch / 1e9, a_step=a_step.mean(), share=work / a_step.mean() / peak, decode=decode.mean(), peak_gb=peak_memory(device))
+            r = dict(kind=kind, batch=batch, gflop=gflop, a_step=a_step.mean(), share=gflop * 1e9 * batch / a_step.mean() / peak, decode=decode.mean(), peak_gb=peak_memory(device))
             for n in (100, 20):
                 a_video = (n * a_step + decode) / batch
                 pixels = next((p["100_steps"] for p in rows if p["batch"] == batch), a_video.mean() if n == 100 else r["100_steps"])

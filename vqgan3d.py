@@ -488,6 +488,10 @@ def catch_signals():
         signal.signal(number, handler)
     return caught
 
+def stopping(caught, step, device):
+    """Whether a signal asks to stop after this step. Several processes must agree on the step: every 20th they ask one another."""
+    return caught if WORLD == 1 else step % 20 == 0 and total(torch.tensor(float(len(caught)), device=device)).item()
+
 def schedule(step, steps):
     """Factor of the learning rate: linear warm-up over 2% of the steps, then a cosine to zero."""
     return min(1, (step + 1) / (0.02 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * min(1, step / max(1, steps))))
@@ -624,7 +628,7 @@ def main():
             opt.step()
             opt.zero_grad()
 
-        stop = caught if WORLD == 1 else step % 20 == 0 and total(torch.tensor(float(len(caught)), device=device)).item()
+        stop = stopping(caught, step, device)
         if step % 20 == 0 or stop:
             row = {k: v.item() for k, v in losses.items()}
             bad = [k for k, v in row.items() if not math.isfinite(v)]
