@@ -89,7 +89,7 @@ def parse(Config, presets={}, argv=None):
         least = 0 if isinstance(v, float) or getattr(Config, k) == 0 or k in ("latents", "grid") else 1   # where 0 has a meaning
         if type(v) in (int, float) and not v >= least:
             parser.error(f"argument --{k}: {v} is too small")
-    name = flags.get("data", Config.data)
+    name = run_name(flags.get("data", Config.data))                                      # so a folder of your own can have a preset
     known = {f.name for f in dataclasses.fields(Config)}
     preset = {k: v for k, v in {**SETS.get(name, {}), **presets.get(name, {})}.items() if k in known}
     for k, v in flags.items():

@@ -11,14 +11,12 @@ Writes runs/<data>/: diffusion.pt (stage 1 included: that one file makes videos;
 diffusion.jsonl (the log), diffusion.gif (samples from fixed noise, one row per class, remade at every evaluation).
 """
 import copy, dataclasses, functools, hashlib, json, math, sys, time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from data import UserError, Videos, first_line, new_array, parse, run, run_name, save_grid, to_float, to_uint8
 from vqgan3d import (RANK, Conv, ahead, average_gradients, build_vqgan, catch_signals, compiles, load, lock, one_after_the_other, optimisers, parts,
@@ -112,24 +110,26 @@ class Attention(nn.Module):
         distance = torch.arange(-self.reach, self.reach + 1)[:, None]
         focus = torch.arange(self.heads) % 3 - 1                              # heads begin with the frame before, this one, the one after
         bias = -(distance - focus).abs().float()                              # (2 * reach + 1, heads)
-        self.bias = nn.Parameter(bias.repeat_interleave((2 * self.grid - 1) ** 2, 0))   # one row for each (time, height, width) distance
+        self.bias = nn.Parameter(bias.T.repeat_interleave((2 * self.grid - 1) ** 2, 1))   # (heads, one for each (time, height, width) distance)
 
     def forward(self, x, T):                                                  # (B*T, C, H, W)
         N, C, H, W = x.shape
         h = self.norm(x).permute(0, 2, 3, 1).reshape(-1, T, H * W, C)         # (B, T, HW, C)
-        h = dict(time=h.transpose(1, 2).flatten(0, 1), space=h.flatten(0, 1), both=h.flatten(1, 2))[self.over]   # (., L, C)
+        h = dict(time=h.transpose(1, 2).flatten(0, 1), space=h.flatten(0, 1), both=h.flatten(1, 2))[self.over].contiguous()   # (., L, C)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (., heads, L, C / heads) each
         rows = distances(1 if self.over == "space" else T, self.grid, self.reach, x.device)   # (L, L)
-        bias = F.embedding(rows, self.bias).permute(2, 0, 1).to(q.dtype)      # (heads, L, L)
-        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():   # its flash kernel is slow on short sequences
-            h = F.scaled_dot_product_attention(q, k, v, bias)                 # (., heads, L, C / heads)
+        bias = self.bias.gather(1, rows.flatten().expand(self.heads, -1)).view(self.heads, *rows.shape).to(q.dtype)   # (heads, L, L)
+        if x.device.type == "cpu":                                            # written out it is twice as fast there
+            h = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1) @ v       # (., heads, L, C / heads)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v, bias)
         h = self.proj(h.transpose(1, 2).flatten(2))                           # (., L, C)
         h = h.view(-1, H * W, T, C).transpose(1, 2) if self.over == "time" else h
         return x + h.reshape(N, H, W, C).permute(0, 3, 1, 2)
 
 @functools.lru_cache
 def distances(T, grid, reach, device):
-    """Row of the bias for each pair of the T * grid * grid positions: (L, L)"""
+    """Number of the bias for each pair of the T * grid * grid positions: (L, L)"""
     axes = torch.meshgrid(*(torch.arange(n, device=device) for n in (T, grid, grid)), indexing="ij")
     t, y, x = (a.flatten() - a.flatten()[:, None] for a in axes)              # (L, L) each
     return ((t.clamp(-reach, reach) + reach) * (2 * grid - 1) + y + grid - 1) * (2 * grid - 1) + x + grid - 1
@@ -435,7 +435,7 @@ def main():
     ema = copy.deepcopy(unet).requires_grad_(False).eval()
     opts = optimisers(unet, cfg.lr)
     if compiles(cfg.compile, device):
-        unet.compile()
+        unet.compile(dynamic=False)
 
     # the latents, and their statistics
     latents = None

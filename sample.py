@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import SETS, UserError, Videos, new_array, parse, read_video, run, run_name, save_grid, to_float, to_uint8
 import diffusion, vqgan3d
 from diffusion import SAMPLERS, load_diffusion
-from vqgan3d import compiles, load_vqgan, peak_memory, pick_device, psnr, side_by_side
+from vqgan3d import cast_once, compiles, load_vqgan, peak_memory, pick_device, psnr, side_by_side
 
 @dataclass
 class Config:
@@ -145,8 +145,9 @@ def benchmark(cfg, device, autocast):
             vqgan.quantizer.started.fill_(True)                                      # or it would let everything pass
         with autocast():                                                             # before it is compiled, where nothing could be counted
             gflop = flops(lambda: system.unet(torch.randn(1, *system.shape, device=device), torch.zeros(1, dtype=torch.long, device=device))) / 1e9
-        for module in (system.unet, *([vqgan.decoder] if vqgan else [])) if compile else ():
-            module.compile()
+        for module in (system.unet, *([vqgan.decoder] if vqgan else [])):
+            cast_once(module.requires_grad_(False), autocast)
+            compile and module.compile(dynamic=False)
         for batch in batches:
             device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
             z = torch.randn(batch, *system.shape, device=device)
@@ -188,6 +189,8 @@ def main():
     if (cfg.trajectory or cfg.sheet) and (cfg.frames or cfg.start):
         raise UserError("--trajectory and --sheet show clips of the training's length, made from noise: leave out --frames and --start")
     system = load_diffusion(path, device)
+    for module in (system.unet, *([system.vqgan.decoder] if system.vqgan else [])):
+        cast_once(module, autocast)
     out.mkdir(parents=True, exist_ok=True)
     n = cfg.n or (4 * len(system.classes) if system.classes else 16)
     context = encode_start(system, cfg.start, autocast) if cfg.start else None
@@ -217,7 +220,7 @@ def main():
 
     if compiles("off" if cfg.compile == "auto" and n < 256 else cfg.compile, device):
         for module in (system.unet, *([system.vqgan.decoder] if system.vqgan else [])):
-            module.compile()
+            module.compile(dynamic=False)
     start = time.time()
     samples = new_array(out / "samples.npy", np.uint8, (n, frames, size, size, 3))   # not held in memory
     evaluations = -(-n // cfg.batch_size) * steps * windows

@@ -14,7 +14,7 @@ It is trained by five losses, each a named term whose weight is a flag:
 Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for bit), vqgan.jsonl (the log), vqgan.gif (held-out
 clips over their reconstructions, remade at every evaluation).
 """
-import atexit, dataclasses, fcntl, functools, json, math, os, resource, signal, sys, time
+import atexit, dataclasses, fcntl, functools, json, math, os, resource, signal, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -158,8 +158,8 @@ class Quantizer(nn.Module):
             flat = z.float().movedim(1, -1).reshape(-1, D)                    # (N, D)
             if self.training:
                 self.revive(gather(flat.detach()))
-            distance = self.codebook.square().sum(1) - 2 * flat @ self.codebook.T   # (N, K), less |z|^2, the same for all codes
-            codes = distance.argmin(1)                                        # (N,)
+            # |z - e|^2 for all pairs (N, K), less |z|^2, which is the same for all codes
+            codes = torch.addmm(self.codebook.square().sum(1), flat, self.codebook.T, alpha=-2).argmin(1)   # (N,)
             e = F.embedding(codes, self.codebook)                             # (N, D)
             losses = F.mse_loss(e, flat.detach()), F.mse_loss(flat, e.detach())
             if self.training:
@@ -342,6 +342,16 @@ def pick_device(device="auto", dtype="auto"):
     # a context for each forward: autocast keeps the weights it has cast until it closes, stale once the optimiser has stepped
     return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
+def cast_once(module, autocast):
+    """A frozen network's kernels and matrices in the type to which autocast would otherwise cast them at every call."""
+    with autocast():
+        device = next(module.parameters()).device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    for m in module.modules():
+        if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear)):
+            m.to(dtype)
+    return module
+
 @functools.cache
 def has_bfloat16(device):
     """Whether the hardware multiplies bfloat16: GPUs since 2020, CPUs with AMX or AVX512-BF16"""
@@ -406,6 +416,7 @@ def compiles(flag, device):
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         torch._dynamo.config.suppress_errors = True                           # what cannot be compiled runs as it is
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a .functools.lru_cache")
         return True
     except Exception as e:                                                    # no C compiler, no Triton
         print(f"torch.compile does not work here ({first_line(e)}): going on without")
@@ -536,7 +547,7 @@ def main():
     disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999), fused=device.type == "cuda") if disc else None
     if compiles(cfg.compile, device):
         for module in (vqgan.encoder, vqgan.decoder, disc, vgg):
-            module and module.compile()
+            module and module.compile(dynamic=False)
 
     state, start = resume(path, cfg, MAY_CHANGE, log), 0
     if state:

@@ -42,7 +42,7 @@ def growth(preset, compile, out):
         system = diffusion.System(diffusion.Config(**diffusion.PRESETS[preset]), vqgan, (frames, size, 1), None, device)
         if compile:
             for module in (vqgan.encoder, vqgan.decoder, system.unet):
-                module.compile()
+                module.compile(dynamic=False)
         x, z = torch.randn(batch, 3, frames, size, size, device=device), torch.randn(batch, *system.shape, device=device)
         t = torch.full((batch,), 500, device=device)
         opts = {m: vqgan3d.optimisers(m, 1e-3) for m in (vqgan, system.unet)}
@@ -76,7 +76,7 @@ def clouds(n=284, frames=16, size=64, seed=0):
     """n clips of coloured clouds (noise of a falling spectrum) that drift and change: uint8 (n, frames, size, size, 3)"""
     rng = np.random.default_rng(seed)
     k = np.sqrt(sum(f ** 2 for f in np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size), indexing="ij"))) * size
-    amplitude = (1 + k) ** -1.77
+    amplitude = (1 + k) ** -1.82
     amplitude /= np.sqrt((amplitude ** 2).mean())                                  # fields of deviation 1
     for _ in range(n):
         drift, rate = rng.uniform(-2, 2, 2), rng.uniform(0.02, 0.08)               # pixels a frame, change a frame
