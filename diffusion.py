@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 from data import UserError, Videos, first_line, new_array, parse, run, run_name, save_grid, to_float, to_uint8
-from vqgan3d import (RANK, Conv, ahead, average_gradients, build_vqgan, catch_signals, compiles, load, lock, one_after_the_other, optimisers, parts,
-                     peak_memory, pick_device, resume, save, schedule, stopping, write_log)
+from vqgan3d import (RANK, Conv, ahead, average_gradients, build_vqgan, catch_signals, check_finite, compiles, load, lock, one_after_the_other, optimisers,
+                     parts, peak_memory, pick_device, resume, save, schedule, stopping, write_log)
 
 @dataclass
 class Config:
@@ -485,11 +485,12 @@ def main():
 
     mine, B = parts(cfg.batch_size, cfg.accumulate), cfg.batch_size
     batches = ahead(lambda step: fetch(B, np.random.default_rng((cfg.seed, step))), range(start, cfg.steps))
-    caught, clock, mark, waited = catch_signals(), time.time(), start, 0.0
+    caught, recent, clock, mark, waited = catch_signals(), [], time.time(), start, 0.0
     quarters = torch.zeros(2, 4, device=device)                               # sums and counts of the loss by quarter of the times
     bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 2", mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
     for step in bar:
         if not RANK and (step % cfg.eval_every == 0 or step == cfg.steps):
+            check_finite(recent, step - 1, path)
             system.unet = ema
             with torch.no_grad(), autocast():
                 noisy, target = diffusion.add_noise(held, held_noise, held_t)
@@ -545,11 +546,11 @@ def main():
             quarter = F.one_hot(t[mine[0].start:mine[-1].stop].to(device) * 4 // diffusion.T, 4).float()
             quarters += torch.stack([losses, torch.ones_like(losses)]) @ quarter
 
+        recent.append(dict(loss=losses.mean()))
         stop = stopping(caught, step, device)
         if step % 20 == 0 or stop:
+            check_finite(recent, step, path)
             loss = losses.mean().item()
-            if not math.isfinite(loss):
-                raise UserError(f"step {step}: the loss is not finite; {path} still holds the last good step. Lower --lr, then run again")
             seconds = time.time() - clock
             write_log(log, dict(step=step, loss=loss, **{f"loss_t{i + 1}": v for i, v in enumerate((quarters[0] / quarters[1].clamp_min(1)).tolist())},
                                 lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds, memory_gb=peak_memory(device)))

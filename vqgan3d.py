@@ -435,6 +435,10 @@ def save(path, state):
     """Write a checkpoint so that a crash at any moment leaves the old file or the new one, never half of one."""
     if RANK:
         return
+    for part in ("model", "ema", "disc"):
+        bad = [k for k, v in (state.get(part) or {}).items() if not v.isfinite().all()]
+        if bad:
+            raise UserError(f"step {state['step']}: {bad[0]} is not finite; {path} still holds the last good step. Lower --lr, then run again")
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -503,6 +507,14 @@ def stopping(caught, step, device):
     """Whether a signal asks to stop after this step. Several processes must agree on the step: every 20th they ask one another."""
     return caught if WORLD == 1 else step % 20 == 0 and total(torch.tensor(float(len(caught)), device=device)).item()
 
+def check_finite(recent, step, path):
+    """recent: the losses of the steps up to this one, which are all looked at here (every step would stall a GPU) and forgotten."""
+    for at, losses in enumerate(recent, step + 1 - len(recent)):
+        bad = [k for k, v in losses.items() if not math.isfinite(v)]
+        if bad:
+            raise UserError(f"step {at}: {', '.join(bad)} is not finite; {path} still holds the last good step. Lower --lr, or the weight of {bad[0]}, then run again")
+    recent.clear()
+
 def schedule(step, steps):
     """Factor of the learning rate: linear warm-up over 2% of the steps, then a cosine to zero."""
     return min(1, (step + 1) / (0.02 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * min(1, step / max(1, steps))))
@@ -570,10 +582,11 @@ def main():
     print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent {cfg.code_dim} x " +
           " x ".join(str(n // d) for n, d in zip((cfg.frames, cfg.size, cfg.size), cfg.down)) + f", {device}, writing {out}/")
 
-    caught, clock, mark, waited = catch_signals(), time.time(), start, 0.0
+    caught, recent, clock, mark, waited = catch_signals(), [], time.time(), start, 0.0
     bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 1", mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
     for step in bar:
         if not RANK and (step % cfg.eval_every == 0 or step == cfg.steps):
+            check_finite(recent, step - 1, path)
             scores, y = validate(vqgan, clips, autocast, cfg.batch_size)
             save_grid(out / "vqgan.gif", side_by_side(clips[:8], y[:8]), columns=min(8, len(y)))
             write_log(log, dict(step=step, **scores))
@@ -639,12 +652,11 @@ def main():
             opt.step()
             opt.zero_grad()
 
+        recent.append(losses)
         stop = stopping(caught, step, device)
         if step % 20 == 0 or stop:
+            check_finite(recent, step, path)
             row = {k: v.item() for k, v in losses.items()}
-            bad = [k for k, v in row.items() if not math.isfinite(v)]
-            if bad:
-                raise UserError(f"step {step}: {', '.join(bad)} is not finite; {path} still holds the last good step. Lower --lr{' or --gan' if disc else ''}, then run again")
             seconds = time.time() - clock
             write_log(log, dict(step=step, **row, lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds,
                                 dead_codes=(vqgan.quantizer.usage < 0.05).sum().item(), memory_gb=peak_memory(device)))

@@ -1,5 +1,5 @@
 """Stage 1: quantiser, losses, who learns from what, resuming, refusals. Each test names the bug that it would catch."""
-import json, signal, time
+import json, math, signal, time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -290,6 +290,28 @@ def test_a_network_that_is_no_number_never_replaces_a_checkpoint(stage1, clips, 
     """A run that diverges between two looks at its loss, saves what is left of it at the next evaluation, and says "done"."""
     result = main(vqgan3d, *short(clips, stage1.home, "--lr", 1e30, "--steps", 15, "--eval_every", 5))
     assert result.code == 1 and "not finite" in result.err and "--lr" in result.err and not Path("run/vqgan.pt").exists()
+
+@pytest.mark.parametrize("function, term", [("l1_loss", "feature"), ("softplus", "gan")])
+def test_the_term_that_broke_is_named_and_the_last_good_step_remains(stage1, main, monkeypatch, function, term):
+    """Looked at every 20 steps only, all terms are broken: the weights had become NaN the step after."""
+    schedule, good = vqgan3d.schedule, getattr(F, function)
+    def breaks_at_45(now, steps):
+        monkeypatch.setattr(F, function, (lambda *args: good(*args) * math.nan) if now == 45 else good)
+        return schedule(now, steps)
+    with monkeypatch.context() as m:
+        m.setattr(vqgan3d, "schedule", breaks_at_45)
+        result = main(vqgan3d, *stage1.flags, "--out", "run")
+    assert result.code == 1 and f"step 45: {term}" in result.err and "mse" not in result.err
+    assert vqgan3d.load("run/vqgan.pt")["step"] == 40
+    assert main(vqgan3d, *stage1.flags, "--out", "run").code == 0
+    same(vqgan3d.load(stage1.path), vqgan3d.load("run/vqgan.pt"))
+
+def test_a_checkpoint_with_nan_in_any_network_is_not_written(tmp_path):
+    """A discriminator that broke while it learnt alone: the losses of the autoencoder are fine, and the checkpoint is not."""
+    state = dict(config={}, step=7, model=dict(w=torch.ones(2)), disc=dict(w=torch.tensor([1, math.nan])))
+    with pytest.raises(vqgan3d.UserError, match="step 7: w is not finite.*last good step"):
+        vqgan3d.save(tmp_path / "a.pt", state)
+    assert not list(tmp_path.iterdir())
 
 # ---- bad input ----
 
