@@ -60,7 +60,7 @@ class Config:
     disc_width: int = 64          # channels of the discriminator's first layer
     batch_size: int = 8           # clips a step
     accumulate: int = 1           # parts that a batch is computed in, one after the other, to save memory
-    lr: float = 4e-3              # peak learning rate of Muon and Adam: 2% linear warm-up, then cosine to zero
+    lr: float = 2e-3              # peak learning rate of Muon and Adam: 2% linear warm-up, then cosine to zero
     disc_lr: float = 2e-4         # the discriminator's Adam, constant (DCGAN's value)
     seed: int = 0                 # everything random follows from (seed, step)
     # running
@@ -73,7 +73,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=32, codes=2048, perceptual=0.0, steps=2000, disc_start=0.75, gan_start=0.8, batch_size=4, disc_width=16, eval_every=500, eval_clips=128),
+    "toy":    dict(width=32, codes=2048, perceptual=0.0, steps=3000, disc_start=0.75, gan_start=0.8, batch_size=4, disc_width=16, eval_every=500, eval_clips=128),
     "sky":    dict(),
     "ucf101": dict(),
 }
@@ -111,16 +111,16 @@ class Block(nn.Module):
         return x + self.time(F.silu(self.space(self.norm(x))))
 
 def to_patches(x, p):
-    """(B, C, T, H, W) -> (B, C * pt * ph * pw, T / pt, H / ph, W / pw)"""
+    """(B, C, T, H, W) -> (B, pt * ph * pw * C, T / pt, H / ph, W / pw)"""
     B, C, T, H, W = x.shape
-    x = x.view(B, C, T // p[0], p[0], H // p[1], p[1], W // p[2], p[2])
-    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(B, -1, T // p[0], H // p[1], W // p[2])
+    x = x.movedim(1, -1).view(B, T // p[0], p[0], H // p[1], p[1], W // p[2], p[2], C)   # channels last, as they lie in memory
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).movedim(-1, 1)
 
 def from_patches(x, p):
     """The inverse of to_patches."""
-    B, C, T, H, W = x.shape
-    x = x.reshape(B, -1, *p, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    return x.reshape(B, -1, T * p[0], H * p[1], W * p[2])
+    B, D, T, H, W = x.shape
+    x = x.movedim(1, -1).view(B, T, H, W, *p, D // math.prod(p)).permute(0, 1, 4, 2, 5, 3, 6, 7)   # (B, T, pt, H, ph, W, pw, C)
+    return x.reshape(B, T * p[0], H * p[1], W * p[2], -1).movedim(-1, 1)
 
 class Down(nn.Module):
     def __init__(self, C, D, p):

