@@ -113,8 +113,8 @@ def sheet(system, path, scales, cfg, steps, autocast):
 def benchmark(cfg, device, autocast):
     """The paper's speed table: 100 steps and the decoder of ours at 16 x 128 x 128, against the same U-Net on pixels at 16 x 64 x 64.
 
-    The networks have the size of the sky preset and are untrained, which costs the same. On a CPU two steps are timed at
-    batch 1, and the hundred are fifty times as much. Each time is the mean and deviation of three after one for warming up.
+    The networks have the size of the sky preset and are untrained, which costs the same. On a CPU two steps are
+    timed, and the hundred are fifty times as much. Each time is the mean and deviation of three after one for warming up.
     The share is that of what one large matrix product reaches on the same device in the same type.
     """
     def seconds(f):
@@ -133,7 +133,7 @@ def benchmark(cfg, device, autocast):
     steps, rows, m = 100, [], torch.randn(8192 if device.type == "cuda" else 2048, 8192 if device.type == "cuda" else 2048, device=device)
     with autocast():
         peak = 2 * len(m) ** 3 / seconds(lambda: [m @ m for _ in range(8)]).min() * 8
-    timed, batches = (steps, (1, 4, 16, 64)) if device.type == "cuda" else (2, (1,))
+    timed, batches = (steps, (1, 4, 16, 64)) if device.type == "cuda" else (2, (1, 4))
     stage2, compile = diffusion.Config(**diffusion.PRESETS["sky"]), compiles(cfg.compile, device)
     print(f"{device}{'' if timed == steps else f', {timed} steps timed, the others extrapolated'}, a matrix product reaches {peak / 1e12:.2f} TFLOP/s; seconds a video, decoding included\n"
           f"{'':<40}{'batch':>6}{'GFLOP':>7}{'a step':>9}{'share':>7}{'decode':>9}{'GB':>6}{'100 steps':>17}{'ratio':>7}{'20 steps':>10}{'ratio':>7}")
