@@ -62,7 +62,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=2500, batch_size=16, lr=8e-3, latents=8192, ema=0.99, eval_every=1000, guidance=3.0),
+    "toy":    dict(width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=2500, batch_size=16, lr=4e-3, latents=8192, ema=0.99, eval_every=1000, guidance=3.0),
     "sky":    dict(),
     "ucf101": dict(),
 }
