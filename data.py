@@ -361,7 +361,10 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, worke
     done = []                                  # [source, frames, label or reason] per finished video, in order
     if journal_path.exists() and frames_path.exists():
         first, *rest = (read_json(line) for line in journal_path.read_text(errors="replace").splitlines() or [""])
-        done = [r for r in rest if r] if first == fingerprint else []
+        for (source, _, label), row in zip(listing, rest if first == fingerprint else []):
+            if not (isinstance(row, list) and len(row) == 3 and row[0] == source and type(row[1]) is int and (row[2] == label if row[1] > 0 else row[1] == 0)):
+                break                          # what was cut off or damaged is decoded again, with all that follows
+            done.append(row)
         if sum(r[1] for r in done) * bytes_a_frame > frames_path.stat().st_size:
             done = []
     sample = sources[::max(1, len(sources) // 64)]

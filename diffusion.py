@@ -1,6 +1,6 @@
 """Stage 2: a diffusion model of videos, in the latent space of stage 1. Noise in, latents out, and stage 1 paints them.
 
-    python diffusion.py                                     # the toy, after python vqgan3d.py (CPU: about 10 minutes)
+    python diffusion.py                                     # the toy, after python vqgan3d.py (CPU: about 7 minutes)
     python diffusion.py --data sky                          # latents of 16 x 128 x 128, one GPU
     python diffusion.py --data toy --pixels                 # the same U-Net on pixels, without stage 1: the VDM baseline
 
@@ -340,18 +340,18 @@ class System:
         """One latent per seed, (N, C, length, H, W). Each has its own stream of noise: the batch it is in does not matter.
 
         The U-Net knows clips of T frames. What is longer is made window by window, each continuing the last half of what is
-        there already. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
+        there already, without guidance: what is given knows its class, and guidance would push its colours on, window by window. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
         progress(x, x_0) is called after each step.
         """
         if not 1 <= steps <= self.diffusion.T:
             raise UserError(f"--steps {steps}: from 1 to {self.diffusion.T}, the steps it was trained with")
         T, streams = self.shape[1], [torch.Generator().manual_seed(int(s)) for s in seeds]
         randn = lambda: torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
-        network = guided(self.unet, labels, guidance)
         video = torch.empty(len(seeds), self.shape[0], 0, *self.shape[2:], device=self.device) if context is None else context
         while video.shape[2] < (length or T):
             given = video[:, :, max(0, video.shape[2] - max(1, T // 2)):]     # (N, C, K, H, W), K <= T / 2
             K = given.shape[2]
+            network = guided(self.unet, labels, min(guidance, 1.0) if K else guidance)
             def denoise(x, t):
                 x, times = torch.cat([given, x[:, :, K:]], 2), torch.full((len(x), T), t, device=self.device)
                 times[:, :K] = 0                                              # they are clean
@@ -393,7 +393,11 @@ def encode_once(system, videos, n, path, key, autocast):
     turn = rng.integers(2, size=n) if videos.flip else np.zeros(n)
     labels = torch.tensor([videos.videos[i][2] for i in order])
     note = path.with_suffix(".json")
-    if not (path.exists() and note.exists() and note.read_text() == key):
+    try:
+        latents = np.load(path, mmap_mode="r", allow_pickle=False) if note.read_text() == key else None
+    except Exception:                                                         # absent, or damaged
+        latents = None
+    if latents is None or latents.shape != (n, *system.shape) or latents.dtype != np.float16:
         note.unlink(missing_ok=True)
         latents = new_array(path, np.float16, (n, *system.shape))
         for i in tqdm(range(0, n, 16), desc="encoding", unit_scale=16, unit=" clips"):

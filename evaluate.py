@@ -168,8 +168,8 @@ def open_samples(path, frames, size):
                     raise ValueError(f"holds {', '.join(z.namelist())}; expected one array")
                 array = z.extract(z.namelist()[0], folder)
         videos = np.load(array, mmap_mode="r", allow_pickle=False)                           # refuses arrays of objects
-    except (ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise UserError(f"cannot read {path}: {e}")
+    except Exception as e:                                                                   # a damaged file can raise anything
+        raise UserError(f"cannot read {path}: {first_line(e)}")
     if getattr(videos, "dtype", None) != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or not len(videos):
         found = f"{videos.dtype} {videos.shape}" if isinstance(videos, np.ndarray) else "something else"
         raise UserError(f"{path} holds {found}; expected uint8 (N, T, H, W, 3), values 0 to 255")
@@ -190,7 +190,7 @@ def real_logits(model, videos, n, seed, half, batch_size, data_dir, dtype):
     path = cache_folder(videos.data, data_dir) / f"{run_name(videos.data)}-{videos.split}-i3d-{key}.npy"
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except Exception:                                                                        # absent, or damaged
         logits = i3d_logits(model, draw(videos, n, seed, half), batch_size, f"real {run_name(videos.data)} {videos.split}, draw {seed}", dtype)
     with open(path.with_suffix(f".{os.getpid()}.tmp"), "wb") as f:                           # a half-written file is never read
         np.save(f, logits)

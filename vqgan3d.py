@@ -2,7 +2,7 @@
 
     video (3, 16, 128, 128) -> encoder -> z (6, 4, 32, 32) -> nearest codes -> decoder -> video
 
-    python vqgan3d.py                                        # the toy, on anything (CPU: about 5 minutes)
+    python vqgan3d.py                                        # the toy, on anything (CPU: about 3 minutes)
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
     torchrun --nproc_per_node 4 vqgan3d.py --data sky        # four of them, a part of each batch on each
     python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0 --device cpu
@@ -473,7 +473,8 @@ def resume(path, cfg, may_change, log):
             raise UserError(f"{path} was trained with {', '.join(differ)}: give the same flags, another --out, or --fresh to start anew")
         print(f"resuming {path} at step {state['step']}")
         if log.exists():
-            rows = [r for r in log.read_text(errors="replace").splitlines() if (read_json(r) or {}).get("step", math.inf) < state["step"]]
+            steps = [(r, read_json(r)) for r in log.read_text(errors="replace").splitlines()]
+            rows = [r for r, row in steps if isinstance(row, dict) and type(row.get("step")) is int and row["step"] < state["step"]]
     if not RANK:
         temporary = log.with_suffix(".tmp")
         temporary.write_text("".join(r + "\n" for r in rows))

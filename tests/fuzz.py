@@ -79,7 +79,15 @@ class Kinds:
                                                  statistics=[torch.zeros(6), torch.ones(6), 1.0], vqgan=stage1, clip=(8, 16, 1)))
         (home / "vqgan.jsonl").write_text("".join(json.dumps(dict(step=i, mse=0.5)) + "\n" for i in range(20)))
         (home / "samples.json").write_text(json.dumps(dict(data="toy", size=16, frames=8, labels=[0] * 6)))
+        os.chdir(home)
+        self.latents()
         index, = home.glob("cache/*train*.json")
+        made = json.loads(index.read_text())
+        index.with_suffix(".journal").write_text("".join(json.dumps(row) + "\n" for row in [made["fingerprint"], *([s, n, label] for _, n, label, s in made["videos"])]))
+        def interrupted():
+            """As if the preparation had been killed at its end: no index yet"""
+            index.relative_to(home).unlink()
+            assert len(data.Videos("clips", ".", "train", 16, 8)) == len(made["videos"])
         self.kinds = {
             "mp4": ("clips/spin/0.mp4", self.folder), "gif": ("clips/wave/1.gif", self.folder),
             "png frame": ("clips/spin/frames/3.png", self.folder), "jpeg frame": ("clips/wave/frames/3.jpg", self.folder),
@@ -87,13 +95,21 @@ class Kinds:
             "split list": ("ucfTrainTestlist/trainlist01.txt", lambda: data.Videos("ucf101", ".", "train", 16, 8)),
             "cache index": (index.relative_to(home), lambda: data.Videos("clips", ".", "train", 16, 8).batch(4, np.random.default_rng(0))),
             "cache frames": (index.with_suffix(".u8").relative_to(home), lambda: data.Videos("clips", ".", "train", 16, 8).batch(4, np.random.default_rng(0))),
+            "cache journal": (index.with_suffix(".journal").relative_to(home), interrupted),
             "samples.npy": ("samples.npy", lambda: evaluate.open_samples("samples.npy", 8, 16)[:2]),
             "samples.npz": ("samples.npz", lambda: evaluate.open_samples("samples.npz", 8, 16)[:2]),
             "I3D weights": ("weights.npz", lambda: evaluate.load_i3d("weights.npz")), "VGG weights": ("weights.npz", lambda: vqgan3d.load_vgg("weights.npz")),
             "stage-1 checkpoint": ("vqgan.pt", lambda: vqgan3d.load_vqgan("vqgan.pt")(torch.zeros(1, 3, 8, 16, 16))),
             "stage-2 checkpoint": ("diffusion.pt", lambda: diffusion.load_diffusion("diffusion.pt").sample([0], torch.tensor([0]), steps=1)),
+            "latents": ("latents.npy", self.latents),
             "log": ("vqgan.jsonl", lambda: vqgan3d.resume(Path("vqgan.pt"), vqgan3d.Config(**{**vars(config_of("vqgan.pt")), "fresh": False}), set(), Path("vqgan.jsonl"))),
         }
+
+    def latents(self):
+        """Encoded again if they cannot be used"""
+        system, videos = diffusion.load_diffusion("diffusion.pt"), data.Videos("clips", ".", "train", 16, 8)
+        latents, _ = diffusion.encode_once(system, videos, 16, Path("latents.npy"), "key", contextlib.nullcontext)
+        assert latents.shape == (16, *system.shape)
 
     def folder(self):
         """All but one of the five train videos are whole: they must be there"""

@@ -236,6 +236,9 @@ def test_given_frames_stay_and_windows_follow_from_them(monkeypatch):
     assert all((t == t[0, 0]).all() for x, t in seen[:4])
     for x, t in seen[4:8]:                                                         # the second window: two frames are given
         assert torch.equal(x[:, :, :2], long[:, :, 2:4]) and (t[:, :2] == 0).all() and (t[:, 2:] == t[0, 3]).all()
+    seen.clear()
+    system.sample([5], labels[:1], 3.0, "dpm", 4, length=7)                            # guidance, two rows a sample, in the first window only
+    assert [len(x) for x, t in seen] == [2] * 4 + [1] * 8
     one = system.sample([6], labels[1:2], 1.0, "dpm", 4, length=7)
     assert torch.allclose(long[1:2], one, atol=1e-3)
     context = torch.randn(1, 3, 1, 8, 8)
