@@ -340,7 +340,8 @@ class System:
         """One latent per seed, (N, C, length, H, W). Each has its own stream of noise: the batch it is in does not matter.
 
         The U-Net knows clips of T frames. What is longer is made window by window, each continuing the last half of what is
-        there already, without guidance: what is given knows its class, and guidance would push its colours on, window by window. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
+        there already; without guidance, because what is given knows its class, and guidance would push its colours on, window
+        by window. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
         progress(x, x_0) is called after each step.
         """
         if not 1 <= steps <= self.diffusion.T:

