@@ -267,6 +267,174 @@ class Discriminator(nn.Module):
         return self.head(x).flatten().float(), features
 
 # ----------------------------------------------------------------------------------------------------------------------
+# training
+
+def schedule(step, steps):
+    """Factor of the learning rate: linear warm-up over 2% of the steps, then a cosine to zero."""
+    return min(1, (step + 1) / (0.02 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * min(1, step / max(1, steps))))
+
+def psnr(x, y):
+    """PSNR in dB of clips in [-1, 1], clipped, averaged over the clips."""
+    mse = (x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(1) / 4    # of a range of 1
+    return (-10 * mse.clamp_min(1e-10).log10()).mean().item()
+
+@torch.no_grad()
+def validate(vqgan, clips, autocast, batch_size):
+    """Held-out uint8 clips through the bottleneck and back: dict(psnr, usage, perplexity), reconstructions (float)."""
+    vqgan.eval()
+    x, y, codes = to_float(clips), [], []
+    for part in x.split(batch_size):
+        with autocast():
+            out = vqgan(part.to(vqgan.quantizer.usage.device))
+        y.append(out[0].cpu())
+        codes.append(out[1].flatten().cpu())
+    vqgan.train()
+    y, p = torch.cat(y), torch.bincount(torch.cat(codes), minlength=vqgan.config.codes).double()
+    p = p / p.sum()
+    return dict(psnr=psnr(x, y), usage=(p > 0).double().mean().item(), perplexity=math.exp(-(p * p.clamp_min(1e-12).log()).sum())), y
+
+def main():
+    cfg = parse(Config, PRESETS)
+    out = Path(cfg.out or f"runs/{run_name(cfg.data)}")
+    out.mkdir(parents=True, exist_ok=True)
+    path, log = out / "vqgan.pt", out / "vqgan.jsonl"
+    alone = lock(path)
+    device, autocast = pick_device(cfg.device, cfg.dtype)
+    torch.manual_seed(cfg.seed)
+
+    # nets and optimisers
+    vqgan = VQGAN(cfg).to(device)
+    disc = Discriminator(cfg.frames, cfg.size, cfg.disc_width).to(device) if cfg.gan or cfg.feature else None
+    vgg = load_vgg(cfg.vgg).to(device) if cfg.perceptual else None
+    opts = optimisers(vqgan, cfg.lr)
+    disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999), fused=device.type == "cuda") if disc else None
+    if compiles(cfg.compile, device):
+        for module in (vqgan.encoder, vqgan.decoder, disc, vgg):
+            module and module.compile(dynamic=False)
+
+    state, start = resume(path, cfg, MAY_CHANGE, log), 0
+    if state:
+        start = state["step"]
+        vqgan.load_state_dict(state["model"])
+        for opt, s in zip(opts, state["opts"]):
+            opt.load_state_dict(s)
+        if disc:
+            disc.load_state_dict(state["disc"])
+            disc_opt.load_state_dict(state["disc_opt"])
+    def checkpoint(step):
+        save(path, dict(config=dataclasses.asdict(cfg), step=step, model=vqgan.state_dict(), opts=[o.state_dict() for o in opts],
+                        disc=disc.state_dict() if disc else None, disc_opt=disc_opt.state_dict() if disc else None))
+
+    with one_after_the_other():
+        train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.flip)
+        test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
+    clips, mine = test.fixed(cfg.eval_clips)[0], parts(cfg.batch_size, cfg.accumulate)
+    batches = ahead(lambda step: train.batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))[0], range(start, cfg.steps))
+    print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent {cfg.code_dim} x " +
+          " x ".join(str(n // d) for n, d in zip((cfg.frames, cfg.size, cfg.size), cfg.down)) + f", {device}, writing {out}/")
+
+    caught, recent, clock, mark, waited = catch_signals(), [], time.time(), start, 0.0
+    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 1", mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
+    for step in bar:
+        if not RANK and (step % cfg.eval_every == 0 or step == cfg.steps):
+            check_finite(recent, step - 1, path)
+            scores, y = validate(vqgan, clips, autocast, cfg.batch_size)
+            save_grid(out / "vqgan.gif", side_by_side(clips[:8], y[:8]), columns=min(8, len(y)))
+            write_log(log, dict(step=step, **scores))
+            bar.write(f"step {step}: held-out PSNR {scores['psnr']:.2f} dB, codes used {scores['usage']:.1%}, perplexity {scores['perplexity']:.0f}")
+            if not math.isfinite(scores["psnr"]):
+                raise UserError(f"step {step}: the reconstruction is not finite; lower --lr, then run again")
+            if step > start:
+                checkpoint(step)
+            clock, mark, waited = time.time(), step, 0.0                      # training time alone is timed
+        if step == cfg.steps:
+            break
+        torch.manual_seed(cfg.seed * 1_000_003 + step)                        # every draw of this step follows from here
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = cfg.lr * schedule(step, cfg.steps)
+        if step >= cfg.vq_start * cfg.steps:
+            vqgan.quantizer.started.fill_(True)
+
+        tick = time.time()
+        batch = next(batches)                                                 # uint8 (B, T, H, W, 3)
+        waited += time.time() - tick
+        frame = torch.randint(cfg.frames, (cfg.batch_size,))                  # one of each clip, for the perceptual loss
+        play, losses = disc and step >= cfg.gan_start * cfg.steps, {}
+        for part in mine:
+            x = to_float(batch[part].to(device, non_blocking=True))           # (B, 3, T, H, W)
+
+            # the autoencoder: what each loss asks of the pixels y, then one backward pass through decoder and encoder
+            with autocast():
+                y, codes, (codebook, commitment) = vqgan(x)
+            terms = dict(mse=F.mse_loss(y, x), codebook=codebook, commitment=commitment)
+            loss = cfg.mse * terms["mse"]
+            if vgg:
+                with autocast():
+                    i = range(len(x)), slice(None), frame[part]               # the same frame of both
+                    terms["perceptual"] = vgg(x[i], y[i])
+                loss = loss + cfg.perceptual * terms["perceptual"]
+            pull, = torch.autograd.grad(loss, y)
+            if play:
+                with autocast():
+                    real = disc(x)[1]
+                    logit, fake = disc(y)
+                terms["gan"] = F.softplus(-logit).mean()                      # -log D(y): the non-saturating game
+                terms["feature"] = sum(F.l1_loss(f.float(), r.float().detach()) for f, r in zip(fake, real)) / len(real)
+                push, = torch.autograd.grad(cfg.gan * terms["gan"] + cfg.feature * terms["feature"], y)
+                # its arrival must not wreck the reconstruction: however it shouts, its gradient stays shorter than theirs
+                length = total(torch.stack([pull.square().sum(), push.square().sum()])).sqrt()
+                pull = pull + push * (cfg.gan_ratio * length[0] / length[1].clamp_min(1e-12)).clamp(max=1)
+            vq = cfg.codebook * codebook + cfg.commitment * commitment
+            outputs, gradients = ([y, vq], [pull, torch.ones_like(vq)]) if vq.requires_grad else ([y], [pull])
+            torch.autograd.backward(outputs, [g / len(mine) for g in gradients])
+
+            # the discriminator: log D(x) + log(1 - D(y)), y detached so that nothing of this reaches the autoencoder
+            if disc and step >= cfg.disc_start * cfg.steps:
+                with autocast():
+                    real, fake = disc(x)[0], disc(y.detach())[0]
+                terms["disc"] = F.softplus(-real).mean() + F.softplus(fake).mean()
+                (terms["disc"] / len(mine)).backward()
+                terms.update(D_real=real.sigmoid().mean(), D_fake=fake.sigmoid().mean())
+            for k, v in terms.items():
+                losses[k] = losses.get(k, 0) + v.detach() / len(mine)
+        average_gradients(vqgan, disc)
+        for opt in (*opts, *([disc_opt] if disc else [])):
+            opt.step()
+            opt.zero_grad()
+
+        recent.append(losses)
+        stop = stopping(caught, step, device)
+        if step % 20 == 0 or stop:
+            check_finite(recent, step, path)
+            row = {k: v.item() for k, v in losses.items()}
+            seconds = time.time() - clock
+            write_log(log, dict(step=step, **row, lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds,
+                                dead_codes=(vqgan.quantizer.usage < 0.05).sum().item(), memory_gb=peak_memory(device)))
+            bar.set_postfix(mse=f"{row['mse']:.4f}", GB=f"{peak_memory(device):.1f}", refresh=False)
+        if stop:
+            checkpoint(step + 1)
+            raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")
+    print(f"done: {path}, the log {log}, held-out clips over their reconstructions {out / 'vqgan.gif'}")
+
+def side_by_side(x, y):
+    """uint8 clips over their float reconstructions, clip by clip: uint8 (N, T, 2H, W, 3)"""
+    return np.concatenate([np.asarray(x), to_uint8(y)], axis=2)
+
+def load_vqgan(path, device="cpu"):
+    """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
+    return build_vqgan(load(path, device), device)
+
+def build_vqgan(state, device="cpu"):
+    try:
+        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
+        vqgan = VQGAN(config)
+        vqgan.load_state_dict(state["model"])
+    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise UserError(f"this checkpoint does not fit stage 1 as it is written now ({first_line(e)}): train anew with --fresh")
+    return vqgan.to(device).eval().requires_grad_(False)
+
+# ----------------------------------------------------------------------------------------------------------------------
 # the optimiser of the kernels
 
 class Muon(torch.optim.Optimizer):
@@ -315,7 +483,7 @@ def optimisers(model, lr):
     return [Muon(matrices, lr), torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=others[0].is_cuda)]
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what both stages need: device, checkpoints, log
+# plumbing, for both stages: device, processes, checkpoints, log. The lesson ends above
 
 def pick_device(device="auto", dtype="auto"):
     """-> torch.device, and a function that opens the autocast context of the dtype; "auto" takes what is fastest here."""
@@ -515,174 +683,6 @@ def check_finite(recent, step, path):
         if bad:
             raise UserError(f"step {at}: {', '.join(bad)} is not finite; {path} still holds the last good step. Lower --lr, or the weight of {bad[0]}, then run again")
     recent.clear()
-
-def schedule(step, steps):
-    """Factor of the learning rate: linear warm-up over 2% of the steps, then a cosine to zero."""
-    return min(1, (step + 1) / (0.02 * steps + 1)) * 0.5 * (1 + math.cos(math.pi * min(1, step / max(1, steps))))
-
-# ----------------------------------------------------------------------------------------------------------------------
-# training
-
-def psnr(x, y):
-    """PSNR in dB of clips in [-1, 1], clipped, averaged over the clips."""
-    mse = (x.clamp(-1, 1) - y.clamp(-1, 1)).square().flatten(1).mean(1) / 4    # of a range of 1
-    return (-10 * mse.clamp_min(1e-10).log10()).mean().item()
-
-@torch.no_grad()
-def validate(vqgan, clips, autocast, batch_size):
-    """Held-out uint8 clips through the bottleneck and back: dict(psnr, usage, perplexity), reconstructions (float)."""
-    vqgan.eval()
-    x, y, codes = to_float(clips), [], []
-    for part in x.split(batch_size):
-        with autocast():
-            out = vqgan(part.to(vqgan.quantizer.usage.device))
-        y.append(out[0].cpu())
-        codes.append(out[1].flatten().cpu())
-    vqgan.train()
-    y, p = torch.cat(y), torch.bincount(torch.cat(codes), minlength=vqgan.config.codes).double()
-    p = p / p.sum()
-    return dict(psnr=psnr(x, y), usage=(p > 0).double().mean().item(), perplexity=math.exp(-(p * p.clamp_min(1e-12).log()).sum())), y
-
-def main():
-    cfg = parse(Config, PRESETS)
-    out = Path(cfg.out or f"runs/{run_name(cfg.data)}")
-    out.mkdir(parents=True, exist_ok=True)
-    path, log = out / "vqgan.pt", out / "vqgan.jsonl"
-    alone = lock(path)
-    device, autocast = pick_device(cfg.device, cfg.dtype)
-    torch.manual_seed(cfg.seed)
-
-    # nets and optimisers
-    vqgan = VQGAN(cfg).to(device)
-    disc = Discriminator(cfg.frames, cfg.size, cfg.disc_width).to(device) if cfg.gan or cfg.feature else None
-    vgg = load_vgg(cfg.vgg).to(device) if cfg.perceptual else None
-    opts = optimisers(vqgan, cfg.lr)
-    disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999), fused=device.type == "cuda") if disc else None
-    if compiles(cfg.compile, device):
-        for module in (vqgan.encoder, vqgan.decoder, disc, vgg):
-            module and module.compile(dynamic=False)
-
-    state, start = resume(path, cfg, MAY_CHANGE, log), 0
-    if state:
-        start = state["step"]
-        vqgan.load_state_dict(state["model"])
-        for opt, s in zip(opts, state["opts"]):
-            opt.load_state_dict(s)
-        if disc:
-            disc.load_state_dict(state["disc"])
-            disc_opt.load_state_dict(state["disc_opt"])
-    def checkpoint(step):
-        save(path, dict(config=dataclasses.asdict(cfg), step=step, model=vqgan.state_dict(), opts=[o.state_dict() for o in opts],
-                        disc=disc.state_dict() if disc else None, disc_opt=disc_opt.state_dict() if disc else None))
-
-    with one_after_the_other():
-        train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.flip)
-        test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
-    clips, mine = test.fixed(cfg.eval_clips)[0], parts(cfg.batch_size, cfg.accumulate)
-    batches = ahead(lambda step: train.batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))[0], range(start, cfg.steps))
-    print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent {cfg.code_dim} x " +
-          " x ".join(str(n // d) for n, d in zip((cfg.frames, cfg.size, cfg.size), cfg.down)) + f", {device}, writing {out}/")
-
-    caught, recent, clock, mark, waited = catch_signals(), [], time.time(), start, 0.0
-    bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 1", mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
-    for step in bar:
-        if not RANK and (step % cfg.eval_every == 0 or step == cfg.steps):
-            check_finite(recent, step - 1, path)
-            scores, y = validate(vqgan, clips, autocast, cfg.batch_size)
-            save_grid(out / "vqgan.gif", side_by_side(clips[:8], y[:8]), columns=min(8, len(y)))
-            write_log(log, dict(step=step, **scores))
-            bar.write(f"step {step}: held-out PSNR {scores['psnr']:.2f} dB, codes used {scores['usage']:.1%}, perplexity {scores['perplexity']:.0f}")
-            if not math.isfinite(scores["psnr"]):
-                raise UserError(f"step {step}: the reconstruction is not finite; lower --lr, then run again")
-            if step > start:
-                checkpoint(step)
-            clock, mark, waited = time.time(), step, 0.0                      # training time alone is timed
-        if step == cfg.steps:
-            break
-        torch.manual_seed(cfg.seed * 1_000_003 + step)                        # every draw of this step follows from here
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = cfg.lr * schedule(step, cfg.steps)
-        if step >= cfg.vq_start * cfg.steps:
-            vqgan.quantizer.started.fill_(True)
-
-        tick = time.time()
-        batch = next(batches)                                                 # uint8 (B, T, H, W, 3)
-        waited += time.time() - tick
-        frame = torch.randint(cfg.frames, (cfg.batch_size,))                  # one of each clip, for the perceptual loss
-        play, losses = disc and step >= cfg.gan_start * cfg.steps, {}
-        for part in mine:
-            x = to_float(batch[part].to(device, non_blocking=True))           # (B, 3, T, H, W)
-
-            # the autoencoder: what each loss asks of the pixels y, then one backward pass through decoder and encoder
-            with autocast():
-                y, codes, (codebook, commitment) = vqgan(x)
-            terms = dict(mse=F.mse_loss(y, x), codebook=codebook, commitment=commitment)
-            loss = cfg.mse * terms["mse"]
-            if vgg:
-                with autocast():
-                    i = range(len(x)), slice(None), frame[part]               # the same frame of both
-                    terms["perceptual"] = vgg(x[i], y[i])
-                loss = loss + cfg.perceptual * terms["perceptual"]
-            pull, = torch.autograd.grad(loss, y)
-            if play:
-                with autocast():
-                    real = disc(x)[1]
-                    logit, fake = disc(y)
-                terms["gan"] = F.softplus(-logit).mean()                      # -log D(y): the non-saturating game
-                terms["feature"] = sum(F.l1_loss(f.float(), r.float().detach()) for f, r in zip(fake, real)) / len(real)
-                push, = torch.autograd.grad(cfg.gan * terms["gan"] + cfg.feature * terms["feature"], y)
-                # its arrival must not wreck the reconstruction: however it shouts, its gradient stays shorter than theirs
-                length = total(torch.stack([pull.square().sum(), push.square().sum()])).sqrt()
-                pull = pull + push * (cfg.gan_ratio * length[0] / length[1].clamp_min(1e-12)).clamp(max=1)
-            vq = cfg.codebook * codebook + cfg.commitment * commitment
-            outputs, gradients = ([y, vq], [pull, torch.ones_like(vq)]) if vq.requires_grad else ([y], [pull])
-            torch.autograd.backward(outputs, [g / len(mine) for g in gradients])
-
-            # the discriminator: log D(x) + log(1 - D(y)), y detached so that nothing of this reaches the autoencoder
-            if disc and step >= cfg.disc_start * cfg.steps:
-                with autocast():
-                    real, fake = disc(x)[0], disc(y.detach())[0]
-                terms["disc"] = F.softplus(-real).mean() + F.softplus(fake).mean()
-                (terms["disc"] / len(mine)).backward()
-                terms.update(D_real=real.sigmoid().mean(), D_fake=fake.sigmoid().mean())
-            for k, v in terms.items():
-                losses[k] = losses.get(k, 0) + v.detach() / len(mine)
-        average_gradients(vqgan, disc)
-        for opt in (*opts, *([disc_opt] if disc else [])):
-            opt.step()
-            opt.zero_grad()
-
-        recent.append(losses)
-        stop = stopping(caught, step, device)
-        if step % 20 == 0 or stop:
-            check_finite(recent, step, path)
-            row = {k: v.item() for k, v in losses.items()}
-            seconds = time.time() - clock
-            write_log(log, dict(step=step, **row, lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds,
-                                dead_codes=(vqgan.quantizer.usage < 0.05).sum().item(), memory_gb=peak_memory(device)))
-            bar.set_postfix(mse=f"{row['mse']:.4f}", GB=f"{peak_memory(device):.1f}", refresh=False)
-        if stop:
-            checkpoint(step + 1)
-            raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")
-    print(f"done: {path}, the log {log}, held-out clips over their reconstructions {out / 'vqgan.gif'}")
-
-def side_by_side(x, y):
-    """uint8 clips over their float reconstructions, clip by clip: uint8 (N, T, 2H, W, 3)"""
-    return np.concatenate([np.asarray(x), to_uint8(y)], axis=2)
-
-def load_vqgan(path, device="cpu"):
-    """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
-    return build_vqgan(load(path, device), device)
-
-def build_vqgan(state, device="cpu"):
-    try:
-        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
-        vqgan = VQGAN(config)
-        vqgan.load_state_dict(state["model"])
-    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise UserError(f"this checkpoint does not fit stage 1 as it is written now ({first_line(e)}): train anew with --fresh")
-    return vqgan.to(device).eval().requires_grad_(False)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # borrowed: VGG16 (Simonyan & Zisserman 2015), for the perceptual loss
