@@ -398,7 +398,7 @@ def encode_once(system, videos, n, path, key, autocast):
         latents = np.load(path, mmap_mode="r", allow_pickle=False) if note.read_text() == key else None
     except Exception:                                                         # absent, or damaged
         latents = None
-    if latents is None or latents.shape != (n, *system.shape) or latents.dtype != np.float16:
+    if not isinstance(latents, np.ndarray) or latents.shape != (n, *system.shape) or latents.dtype != np.float16:
         note.unlink(missing_ok=True)
         latents = new_array(path, np.float16, (n, *system.shape))
         for i in tqdm(range(0, n, 16), desc="encoding", unit_scale=16, unit=" clips"):

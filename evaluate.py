@@ -189,9 +189,12 @@ def real_logits(model, videos, n, seed, half, batch_size, data_dir, dtype):
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = cache_folder(videos.data, data_dir) / f"{run_name(videos.data)}-{videos.split}-i3d-{key}.npy"
     try:
-        return np.load(path, allow_pickle=False)
+        logits = np.load(path, allow_pickle=False)
+        if logits.ndim == 2 and len(logits) == n and np.isfinite(logits).all():
+            return logits
     except Exception:                                                                        # absent, or damaged
-        logits = i3d_logits(model, draw(videos, n, seed, half), batch_size, f"real {run_name(videos.data)} {videos.split}, draw {seed}", dtype)
+        pass
+    logits = i3d_logits(model, draw(videos, n, seed, half), batch_size, f"real {run_name(videos.data)} {videos.split}, draw {seed}", dtype)
     with open(path.with_suffix(f".{os.getpid()}.tmp"), "wb") as f:                           # a half-written file is never read
         np.save(f, logits)
     os.replace(f.name, path)

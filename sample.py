@@ -12,7 +12,7 @@
     python sample.py --benchmark                            # seconds a video, against pixel-space diffusion
 
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the class asked for of each),
-samples.gif (a grid of the first ones), and with --mp4 a file per video in samples/.
+samples.gif (a grid of some), and with --mp4 a file per video in samples/.
 """
 import json, time
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Config:
     start: str = ""               # a video to go on from; its last frames stand at the beginning of each sample
     seed: int = 0                 # sample i is drawn with seed + i, whatever the batch it is in
     batch_size: int = 16          # videos at once
-    grid: int = 64                # videos in the GIF; 0: none
+    grid: int = 64                # videos in the GIF, spread evenly over all; 0: none
     mp4: bool = False             # one mp4 per video as well
     trajectory: bool = False      # a GIF of how four samples came out of noise instead: a column per step
     sheet: str = ""               # guidance scales: a GIF of one sample per class (row) and scale (column) instead
@@ -237,8 +237,9 @@ def main():
                     checkpoint=str(path), checkpoint_step=system.step, classes=system.classes, labels=labels.tolist() if labels is not None else None)
     (out / "samples.json").write_text(json.dumps(protocol, indent=1))
     if cfg.grid:
-        rows = len(labels.unique()) if labels is not None else 0                              # one row per class, while they fit
-        save_grid(out / "samples.gif", samples[:cfg.grid], columns=n // rows if rows and n % rows == 0 and n <= cfg.grid else 0)
+        shown = np.arange(min(n, cfg.grid)) * n // min(n, cfg.grid)                           # of all classes, if not all of each
+        rows = len(labels[shown].unique()) if labels is not None else 0                       # one row per class, while they fit
+        save_grid(out / "samples.gif", samples[shown], columns=len(shown) // rows if rows and len(shown) % rows == 0 else 0)
     if cfg.mp4:
         for i in tqdm(range(n), desc="mp4"):
             save_grid(out / "samples" / f"{i:04d}{'-' + system.classes[labels[i]] if labels is not None else ''}.mp4", samples[i:i + 1], columns=1)

@@ -46,7 +46,7 @@ class Config:
     code_dim: int = 6             # channels of the latent; a low dimension keeps all codes in use
     # the losses' weights
     mse: float = 1.0              # squared error of the pixels
-    perceptual: float = 0.1       # distance of VGG16 features; 0 leaves VGG16 out
+    perceptual: float = 0.03      # distance of VGG16 features; 0 leaves VGG16 out
     codebook: float = 1.0         # moves the codes to the encoder's outputs
     commitment: float = 0.25      # keeps the encoder's outputs near their codes
     gan: float = 0.1              # the generator's half of the DCGAN game; with --feature 0 too there is no discriminator

@@ -193,6 +193,13 @@ def test_main_scores_flags_and_remembers(tmp_path, monkeypatch, capsys):
     assert network.calls == 2                                      # the real clips were remembered
     main("--stride", "2", "--frames", "10")
     assert network.calls == 4                                      # another stride is another real set
+    np.savez("other.npz", a=np.zeros(3))
+    remembered = list(Path("datasets/cache").glob("*-i3d-*.npy"))
+    assert remembered
+    for path in remembered:
+        path.write_bytes(Path("other.npz").read_bytes())
+    main("--runs", "2")
+    assert network.calls == 2 + 4                                  # what is no longer what it was is made again
     main("--floor", "--n", "4")
     assert json.loads(Path("runs/videos/floor.json").read_text())["metrics"][0]["mean"] > 0
     main("--floor", "--n", "4", "--out", "runs/other")             # a folder, as with the other scripts
