@@ -1,10 +1,10 @@
 """The scripts from end to end, as a user runs them, and what sample.py makes of their checkpoints."""
-import json
+import json, shlex
 from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
-import sample
+import data, diffusion, evaluate, results, sample, vqgan3d
 from data import read_video, to_float, to_uint8
 from diffusion import load_diffusion
 from conftest import STAGE1, STAGE2, script
@@ -135,3 +135,13 @@ def test_toy_from_nothing_to_videos(tmp_path):
     protocol = json.loads((run / "samples.json").read_text())
     assert protocol["labels"] == [i // 2 for i in range(24)] and len(protocol["classes"]) == 12 and protocol["data"] == "toy"
     assert {p.name for p in tmp_path.iterdir()} == {"runs", "datasets"}
+
+@pytest.mark.parametrize("budget", ["cpu", "gpu"])
+def test_the_commands_of_the_results_are_understood(budget):
+    """A flag that was renamed, in a script that takes an evening to get to it."""
+    for command in [c for what in ("sky", "actions") for c in results.commands(what, budget, "vgg.npz")]:
+        script, *flags = shlex.split(command)
+        module = {m.__name__ + ".py": m for m in (vqgan3d, diffusion, sample, evaluate)}.get(script)
+        if module:
+            config = data.parse(module.Config, getattr(module, "PRESETS", {}), flags)
+            assert config.data in ("sky", "ucf101")
