@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SKY = {
     "cpu": ("--width 32 --perceptual 0.03 --disc_width 16 --lr 3e-3 --batch_size 2 --steps 1500 --eval_every 300 --eval_clips 24",
-            "--predict v --width 48 --blocks 1 --attention 256 --head_dim 48 --batch_size 8 --lr 4e-3 --ema 0.995 --latents 578 --steps 2000 --eval_every 500", 256),
+            "--predict v --width 48 --blocks 1 --attention 256 --head_dim 48 --batch_size 8 --lr 4e-3 --ema 0.995 --latents 578 --steps 1500 --eval_every 500", 128),
     "gpu": ("--perceptual 0.03 --batch_size 16 --steps 5000 --eval_every 500", "--predict v --steps 20000 --latents 578 --ema 0.999 --eval_every 2000", 2048)}
 ACTIONS = {
     "cpu": ("--size 64 --width 32 --codes 2048 --perceptual 0.02 --disc_width 16 --lr 3e-3 --batch_size 4 --steps 800 --eval_every 200 --eval_clips 24",
@@ -23,23 +23,25 @@ ACTIONS = {
 def commands(what, budget, vgg):
     stage1, stage2, n = {"sky": SKY, "actions": ACTIONS}[what][budget]
     vgg = f" --vgg {vgg}" if vgg else ""
+    i3d = " --dtype bfloat16" if budget == "cpu" else ""
     if what == "sky":
         yield f"vqgan3d.py --data sky {stage1}{vgg}"
         yield f"vqgan3d.py --data sky {stage1} --perceptual 0 --gan 0 --feature 0 --out runs/sky-plain"
         for run in "sky", "sky-plain":
-            yield f"evaluate.py --data sky --vqgan runs/{run}/vqgan.pt"
+            yield f"evaluate.py --data sky --vqgan runs/{run}/vqgan.pt{i3d}"
         yield f"diffusion.py --data sky {stage2}"
         yield f"sample.py --data sky --n {n} --grid 16 --batch_size 8"
-        yield f"evaluate.py --data sky --n {n}"
+        yield f"evaluate.py --data sky --n {n}{i3d}"
+        yield "sample.py --data sky --n 2 --frames 64 --out runs/sky/long"
         yield "tests/figures.py --neighbours runs/sky/samples.npy"
     if what == "actions":
         yield f"vqgan3d.py --data ucf101 {stage1}{vgg}"
-        yield "evaluate.py --data ucf101 --vqgan runs/ucf101/vqgan.pt"
+        yield f"evaluate.py --data ucf101 --vqgan runs/ucf101/vqgan.pt --n 256{i3d}"
         yield f"diffusion.py --data ucf101 {stage2}"
-        for g in 1, 1.5, 2, 3:
+        for g in 1, 2, 3:
             yield f"sample.py --data ucf101 --n {n} --guidance {g} --grid 16 --out runs/ucf101/g{g}"
-            yield f"evaluate.py --data ucf101 --size 64 --n {n} --fake runs/ucf101/g{g}/samples.npy --out runs/ucf101/g{g}"
-        yield "tests/classify.py --data ucf101 --size 64 --samples " + " ".join(f"runs/ucf101/g{g}/samples.npy" for g in (1, 1.5, 2, 3))
+            yield f"evaluate.py --data ucf101 --size 64 --n {n} --fake runs/ucf101/g{g}/samples.npy --out runs/ucf101/g{g}{i3d}"
+        yield "tests/classify.py --data ucf101 --size 64 --samples " + " ".join(f"runs/ucf101/g{g}/samples.npy" for g in (1, 2, 3))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
