@@ -1,6 +1,8 @@
-"""The commands behind the README's results on real videos, one after the other.
+"""The commands behind the README's results, one after the other.
 
     python tests/results.py sky actions                     # what two CPU cores carry in an evening
+    python tests/results.py losses latents                  # stage 1 on the actions, one thing changed at a time
+    python tests/results.py denoiser                        # stage 2 on the toy likewise, after the quickstart
     python tests/results.py sky actions --budget gpu        # the same at full width; written for one GPU, not run yet
     python tests/results.py sky --list                      # only print the commands
 
@@ -19,11 +21,23 @@ ACTIONS = {
     "cpu": ("--size 64 --width 32 --codes 2048 --perceptual 0.02 --disc_width 16 --lr 3e-3 --batch_size 4 --steps 800 --eval_every 200 --eval_clips 24",
             "--predict v --width 48 --blocks 1 --attention 256 --head_dim 48 --batch_size 16 --lr 4e-3 --ema 0.995 --latents 2880 --steps 2000 --eval_every 500", 256),
     "gpu": ("--size 64 --perceptual 0.02 --batch_size 16 --steps 4000 --eval_every 500", "--predict v --steps 15000 --latents 2880 --ema 0.999 --eval_every 2000", 2048)}
+CHANGES = {                                                 # name of the run: what is changed, all else as in ACTIONS
+    "losses": {"all": "", "no-perceptual": "--perceptual 0", "no-gan": "--gan 0", "no-feature": "--feature 0", "pixels-alone": "--perceptual 0 --gan 0 --feature 0"},
+    "latents": {"down-4-8-8": "--down 4,8,8", "dim-3": "--code_dim 3", "dim-16": "--code_dim 16", "codes-512": "--codes 512", "codes-8192": "--codes 8192"},
+    "denoiser": {"default": "", "eps": "--predict eps", "no-ema": "--ema 0", "linear": "--noise linear"}}
 
 def commands(what, budget, vgg):
-    stage1, stage2, n = {"sky": SKY, "actions": ACTIONS}[what][budget]
+    stage1, stage2, n = {"sky": SKY}.get(what, ACTIONS)[budget]
     vgg = f" --vgg {vgg}" if vgg else ""
     i3d = " --dtype bfloat16" if budget == "cpu" else ""
+    for name, change in CHANGES.get(what, {}).items():
+        out = f"runs/{what}/{name}"
+        if what == "denoiser":
+            yield f"diffusion.py {change} --vqgan runs/toy/vqgan.pt --out {out}"
+            yield f"tests/sweep.py --checkpoint {out}/diffusion.pt --n 512 --steps 10 --guidance 2 --out {out}/sweep.json{i3d}"
+        else:
+            yield f"vqgan3d.py --data ucf101 {stage1} {change} --out {out}{vgg}"
+            yield f"evaluate.py --data ucf101 --vqgan {out}/vqgan.pt --n 256{i3d}"
     if what == "sky":
         yield f"vqgan3d.py --data sky {stage1}{vgg}"
         yield f"vqgan3d.py --data sky {stage1} --perceptual 0 --gan 0 --feature 0 --out runs/sky-plain"
@@ -45,7 +59,7 @@ def commands(what, budget, vgg):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["sky", "actions"])
+    parser.add_argument("what", nargs="+", choices=["sky", "actions", *CHANGES])
     parser.add_argument("--budget", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--vgg", help="VGG16 weights; else torchvision's are downloaded")
     parser.add_argument("--list", action="store_true")
