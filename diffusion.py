@@ -63,8 +63,8 @@ class Config:
 
 PRESETS = {
     "toy":    dict(width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=2500, batch_size=16, lr=4e-3, latents=8192, ema=0.99, eval_every=1000, guidance=3.0),
-    "sky":    dict(),
-    "ucf101": dict(),
+    "sky":    dict(accumulate=4),              # so that 16 GB suffice; on a larger GPU --accumulate 1 is faster
+    "ucf101": dict(accumulate=4),
 }
 MAY_CHANGE = {"data_dir", "out", "vqgan", "steps", "accumulate", "eval_every", "guidance", "device", "compile", "fresh"}   # and still be the same run
 
@@ -335,28 +335,38 @@ class System:
         z = x * self.std + self.mean
         return self.vqgan.decode_long(self.vqgan.quantize(z)[0], 4 * self.shape[1]) if self.vqgan else z
 
+    def renew(self, x, K):
+        """The last K latent frames of x, decoded and encoded again: what the encoder makes of real frames is what the U-Net knows
+        how to continue, and where generated latents differ from that, every window would add a little to the difference."""
+        if not self.vqgan:
+            return x[:, :, x.shape[2] - K:]
+        frames = self.decode(x[:, :, -self.shape[1]:]).clamp(-1, 1)[:, :, -K * self.vqgan.config.down[0]:]
+        return (self.vqgan.encode(frames) - self.mean) / self.std
+
     @torch.no_grad()
     def sample(self, seeds, labels=None, guidance=1.0, sampler="dpm", steps=20, autocast=None, progress=None, context=None, length=0):
         """One latent per seed, (N, C, length, H, W). Each has its own stream of noise: the batch it is in does not matter.
 
         The U-Net knows clips of T frames. What is longer is made window by window, each continuing the last half of what is
-        there already; without guidance, because what is given knows its class, and guidance would push its colours on, window
-        by window. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
+        there already, encoded anew; without guidance, because what is given knows its class, and guidance would push its colours on,
+        window by window. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
         progress(x, x_0) is called after each step.
         """
         if not 1 <= steps <= self.diffusion.T:
             raise UserError(f"--steps {steps}: from 1 to {self.diffusion.T}, the steps it was trained with")
+        autocast = autocast or (lambda: torch.autocast(self.device.type, enabled=False))
         T, streams = self.shape[1], [torch.Generator().manual_seed(int(s)) for s in seeds]
         randn = lambda: torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
         video = torch.empty(len(seeds), self.shape[0], 0, *self.shape[2:], device=self.device) if context is None else context
         while video.shape[2] < (length or T):
-            given = video[:, :, max(0, video.shape[2] - max(1, T // 2)):]     # (N, C, K, H, W), K <= T / 2
-            K = given.shape[2]
+            K = min(max(1, T // 2), video.shape[2])
+            with autocast():
+                given = self.renew(video, K) if K and video is not context else video[:, :, video.shape[2] - K:]   # (N, C, K, H, W)
             network = guided(self.unet, labels, min(guidance, 1.0) if K else guidance)
             def denoise(x, t):
                 x, times = torch.cat([given, x[:, :, K:]], 2), torch.full((len(x), T), t, device=self.device)
                 times[:, :K] = 0                                              # they are clean
-                with autocast() if autocast else torch.autocast(self.device.type, enabled=False):
+                with autocast():
                     out = network(x, times)
                 return self.diffusion.split(x, out, times[:, -1], self.bound)
             for x, x0 in SAMPLERS[sampler](denoise, self.diffusion, randn(), self.diffusion.times(steps), randn):

@@ -34,7 +34,7 @@ def commands(what, budget, vgg):
         out = f"runs/{what}/{name}"
         if what == "denoiser":
             yield f"diffusion.py {change} --vqgan runs/toy/vqgan.pt --out {out}"
-            yield f"tests/sweep.py --checkpoint {out}/diffusion.pt --n 512 --steps 10 --guidance 2 --out {out}/sweep.json{i3d}"
+            yield f"tests/sweep.py --checkpoint {out}/diffusion.pt --n 256 --steps 10 --guidance 2 --out {out}/sweep.json{i3d}"
         else:
             yield f"vqgan3d.py --data ucf101 {stage1} {change} --out {out}{vgg}"
             yield f"evaluate.py --data ucf101 --vqgan {out}/vqgan.pt --n 256{i3d}"

@@ -245,6 +245,20 @@ def test_given_frames_stay_and_windows_follow_from_them(monkeypatch):
     given = [system.sample([6], labels[1:2], 1.0, sampler, 4, context=context) for sampler in SAMPLERS]
     assert all(g.shape == (1, 3, 4, 8, 8) and torch.equal(g[:, :, :1], context) for g in given)
 
+def test_a_window_continues_what_the_encoder_makes_of_the_decoded_video(stage2, monkeypatch):
+    """Generated latents given as they are; the wrong frames; latents that are not normalised."""
+    system, seen = load_diffusion(stage2.path), []
+    vqgan, (_, T, _, _), slot = system.vqgan, system.shape, system.vqgan.config.down[0]
+    forward = system.unet.forward
+    monkeypatch.setattr(system.unet, "forward", lambda x, t, label=None: seen.append(x.clone()) or forward(x, t, label))
+    K = T // 2
+    z = system.sample([3, 4], torch.tensor([0, 0]) if system.classes else None, 1.0, "dpm", 2, length=T + 1)
+    pixels = vqgan.decode(vqgan.quantize(z[:, :, :T] * system.std + system.mean)[0]).clamp(-1, 1)
+    given = (vqgan.encode(pixels[:, :, (T - K) * slot:]) - system.mean) / system.std
+    assert len(seen) == 4 and K > 0
+    for x in seen[2:]:
+        assert torch.allclose(x[:, :, :K], given, atol=1e-4) and not torch.allclose(x[:, :, :K], z[:, :, T - K:T], atol=1e-2)
+
 def test_nothing_is_learnt_of_given_frames(stage1, stage2, main, monkeypatch):
     """A loss on frames that the network was shown: it is nearly zero, and drowns the rest."""
     seen, forward = [], UNet.forward
