@@ -24,7 +24,7 @@ ACTIONS = {
 CHANGES = {                                                 # name of the run: what is changed, all else as in ACTIONS
     "losses": {"all": "", "no-perceptual": "--perceptual 0", "no-gan": "--gan 0", "no-feature": "--feature 0", "pixels-alone": "--perceptual 0 --gan 0 --feature 0"},
     "latents": {"down-4-8-8": "--down 4,8,8", "dim-3": "--code_dim 3", "dim-16": "--code_dim 16", "codes-512": "--codes 512", "codes-8192": "--codes 8192"},
-    "denoiser": {"default": "", "eps": "--predict eps", "no-ema": "--ema 0", "linear": "--noise linear"}}
+    "denoiser": {"default": "", "eps": "--predict eps", "no-ema": "--ema 0"}}
 
 def commands(what, budget, vgg):
     stage1, stage2, n = {"sky": SKY}.get(what, ACTIONS)[budget]
