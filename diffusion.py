@@ -110,15 +110,27 @@ class Attention(nn.Module):
         distance = torch.arange(-self.reach, self.reach + 1)[:, None]
         focus = torch.arange(self.heads) % 3 - 1                              # heads begin with the frame before, this one, the one after
         bias = -(distance - focus).abs().float()                              # (2 * reach + 1, heads)
+        self.kept = None, None
         self.bias = nn.Parameter(bias.T.repeat_interleave((2 * self.grid - 1) ** 2, 1))   # (heads, one for each (time, height, width) distance)
+
+    def table(self, T, dtype):
+        """The bias of each pair of positions (heads, L, L). Weights that are only sampled from stay the same: it is looked up once."""
+        key = T, dtype, self.bias.device, self.bias._version                  # the version counts what was written into the weights
+        keep = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if keep and self.kept[0] == key:
+            return self.kept[1]
+        rows = distances(T, self.grid, self.reach, self.bias.device)          # (L, L)
+        table = self.bias.gather(1, rows.flatten().expand(self.heads, -1)).view(self.heads, *rows.shape).to(dtype)
+        if keep:
+            self.kept = key, table
+        return table
 
     def forward(self, x, T):                                                  # (B*T, C, H, W)
         N, C, H, W = x.shape
         h = self.norm(x).permute(0, 2, 3, 1).reshape(-1, T, H * W, C)         # (B, T, HW, C)
         h = dict(time=h.transpose(1, 2).flatten(0, 1), space=h.flatten(0, 1), both=h.flatten(1, 2))[self.over].contiguous()   # (., L, C)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)   # (., heads, L, C / heads) each
-        rows = distances(1 if self.over == "space" else T, self.grid, self.reach, x.device)   # (L, L)
-        bias = self.bias.gather(1, rows.flatten().expand(self.heads, -1)).view(self.heads, *rows.shape).to(q.dtype)   # (heads, L, L)
+        bias = self.table(1 if self.over == "space" else T, q.dtype)          # (heads, L, L)
         if x.device.type == "cpu":                                            # written out it is twice as fast there
             h = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1) @ v       # (., heads, L, C / heads)
         else:
@@ -134,8 +146,15 @@ def distances(T, grid, reach, device):
     t, y, x = (a.flatten() - a.flatten()[:, None] for a in axes)              # (L, L) each
     return ((t.clamp(-reach, reach) + reach) * (2 * grid - 1) + y + grid - 1) * (2 * grid - 1) + x + grid - 1
 
+class GroupNorm(nn.GroupNorm):
+    """On a CPU torch's kernel for channels_last is 4 times slower than there and back, below 1024 positions (torch 2.13)."""
+    def forward(self, x):
+        if x.device.type == "cpu" and x.shape[2] * x.shape[3] < 1024:
+            return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+        return super().forward(x)
+
 def norm(C):
-    return nn.GroupNorm(math.gcd(32, C // 4), C)                              # of a single frame: at least 4 channels a group
+    return GroupNorm(math.gcd(32, C // 4), C)                                 # of a single frame: at least 4 channels a group
 
 class Layer(nn.Module):
     """Residual block, then attention over each of `overs`."""
@@ -335,13 +354,22 @@ class System:
         z = x * self.std + self.mean
         return self.vqgan.decode_long(self.vqgan.quantize(z)[0], 4 * self.shape[1]) if self.vqgan else z
 
+    def as_given(self, frames):
+        """Frames (N, 3, t, H, W) in [-1, 1] that are to be continued -> latents as the U-Net sees them.
+
+        In training later frames stood after the given ones, and the encoder saw them. Here there are none yet: it sees the given
+        ones backwards. With nothing there, its last latent would be biased, and a long video would change its colours.
+        """
+        if self.vqgan:
+            frames = self.vqgan.encode(torch.cat([frames, frames.flip(2)], 2))[:, :, :frames.shape[2] // self.vqgan.config.down[0]]
+        return (frames - self.mean) / self.std
+
     def renew(self, x, K):
         """The last K latent frames of x, decoded and encoded again: what the encoder makes of real frames is what the U-Net knows
         how to continue, and where generated latents differ from that, every window would add a little to the difference."""
         if not self.vqgan:
             return x[:, :, x.shape[2] - K:]
-        frames = self.decode(x[:, :, -self.shape[1]:]).clamp(-1, 1)[:, :, -K * self.vqgan.config.down[0]:]
-        return (self.vqgan.encode(frames) - self.mean) / self.std
+        return self.as_given(self.decode(x[:, :, -self.shape[1]:]).clamp(-1, 1)[:, :, -K * self.vqgan.config.down[0]:])
 
     @torch.no_grad()
     def sample(self, seeds, labels=None, guidance=1.0, sampler="dpm", steps=20, autocast=None, progress=None, context=None, length=0):

@@ -88,8 +88,7 @@ def encode_start(system, path, autocast):
     if not n:
         raise UserError(f"--start {path} has {len(clip)} frames, and at least {slot} are needed")
     with autocast():
-        z = system.encode(torch.from_numpy(clip[-n:].copy())[None])
-    return (z - system.mean) / system.std
+        return system.as_given(to_float(torch.from_numpy(clip[-n:].copy())[None]).to(system.device))
 
 def trajectory(system, path, labels, guidance, cfg, steps, autocast):
     """Four samples, and x_0 as the network guesses it at eight of the steps, from noise (left) to the end (right)."""

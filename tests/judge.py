@@ -70,7 +70,7 @@ def predict(checkpoint, n=64):
     clips, labels = Videos(system.config.data, system.config.data_dir, "test", size, frames, stride).fixed(n)
     truth = to_float(clips)
     with torch.no_grad():
-        context = (system.encode(clips[:, :slot]) - system.mean) / system.std             # the encoder sees no later frame
+        context = system.as_given(truth[:, :, :slot])
         for name, y in ("without the label", None), ("with it", labels):
             video = system.decode(system.sample(range(n), y, 1.0, "dpm", 25, context=context))
             print(f"{n} clips, {slot} of {frames} frames given, {name}: PSNR of the rest {psnr(video[:, :, slot:], truth[:, :, slot:]):.2f} dB")

@@ -222,6 +222,23 @@ def test_every_frame_has_its_own_noise_level():
     change = (unet(x, times, label) - unet(x, t, label)).abs().amax((1, 3, 4))       # (B, T)
     assert change[0].max() < 1e-5 and change[1, 0] > 1e-3
 
+def test_attention_notices_new_weights_and_other_lengths():
+    """A table of biases kept from older weights, from another number of frames, or kept while its gradient is wanted."""
+    torch.manual_seed(0)
+    attention = diffusion.Attention(16, 8, "both", 4)
+    torch.nn.init.normal_(attention.proj.weight)
+    x = torch.randn(6, 16, 4, 4)
+    with torch.no_grad():
+        before = attention(x, 6)
+        assert torch.equal(attention(x, 6), before) and not torch.allclose(attention(x, 3), before, atol=1e-3)
+        torch._foreach_lerp_(list(attention.parameters())[:1], [torch.randn_like(attention.bias)], 0.9)      # as the averaged weights move
+        assert list(attention.parameters())[0] is attention.bias
+        after = attention(x, 6)
+    assert not torch.allclose(after, before, atol=1e-3)
+    again = attention(x, 6)
+    again.sum().backward()
+    assert torch.allclose(again, after, atol=1e-5) and attention.bias.grad.abs().sum() > 0
+
 def test_given_frames_stay_and_windows_follow_from_them(monkeypatch):
     """Context that is noised, changed or forgotten; windows that continue another sample's, or none; a wrong length."""
     torch.manual_seed(0)
@@ -246,7 +263,7 @@ def test_given_frames_stay_and_windows_follow_from_them(monkeypatch):
     assert all(g.shape == (1, 3, 4, 8, 8) and torch.equal(g[:, :, :1], context) for g in given)
 
 def test_a_window_continues_what_the_encoder_makes_of_the_decoded_video(stage2, monkeypatch):
-    """Generated latents given as they are; the wrong frames; latents that are not normalised."""
+    """Generated latents given as they are; the wrong frames; latents that are not normalised, or of an encoder that saw the end."""
     system, seen = load_diffusion(stage2.path), []
     vqgan, (_, T, _, _), slot = system.vqgan, system.shape, system.vqgan.config.down[0]
     forward = system.unet.forward
@@ -254,7 +271,8 @@ def test_a_window_continues_what_the_encoder_makes_of_the_decoded_video(stage2, 
     K = T // 2
     z = system.sample([3, 4], torch.tensor([0, 0]) if system.classes else None, 1.0, "dpm", 2, length=T + 1)
     pixels = vqgan.decode(vqgan.quantize(z[:, :, :T] * system.std + system.mean)[0]).clamp(-1, 1)
-    given = (vqgan.encode(pixels[:, :, (T - K) * slot:]) - system.mean) / system.std
+    there_and_back = [*range((T - K) * slot, T * slot), *reversed(range((T - K) * slot, T * slot))]
+    given = (vqgan.encode(pixels[:, :, there_and_back])[:, :, :K] - system.mean) / system.std
     assert len(seen) == 4 and K > 0
     for x in seen[2:]:
         assert torch.allclose(x[:, :, :K], given, atol=1e-4) and not torch.allclose(x[:, :, :K], z[:, :, T - K:T], atol=1e-2)
