@@ -62,7 +62,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=2500, batch_size=16, lr=4e-3, latents=8192, ema=0.99, eval_every=1000, guidance=3.0),
+    "toy":    dict(width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=2500, batch_size=16, lr=4e-3, latents=8192, ema=0.99, eval_every=1000),
     "sky":    dict(accumulate=4),              # so that 16 GB suffice; on a larger GPU --accumulate 1 is faster
     "ucf101": dict(accumulate=4),
 }
@@ -292,12 +292,15 @@ def ddpm(denoise, d, x, times, randn):
             x = x + (beta * (1 - ab_s) / (1 - ab_t)) ** 0.5 * randn()                          # posterior variance
         yield x, x0
 
-def ddim(denoise, d, x, times, randn=None):
-    """DDIM without noise (Song et al. 2021, eq. 12, eta = 0)"""
+def ddim(denoise, d, x, times, randn, eta=0.0):
+    """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 adds no noise, eta 1 is ddpm"""
     for t, s in zip(times, times[1:] + [None]):
         x0, eps = denoise(x, t)
-        ab_s = float(d.ab[s]) if s is not None else 1.0
-        x = ab_s ** 0.5 * x0 + (1 - ab_s) ** 0.5 * eps
+        ab_t, ab_s = float(d.ab[t]), float(d.ab[s]) if s is not None else 1.0
+        sigma = eta * ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)) ** 0.5
+        x = ab_s ** 0.5 * x0 + (1 - ab_s - sigma ** 2) ** 0.5 * eps
+        if sigma:
+            x = x + sigma * randn()
         yield x, x0
 
 def dpm(denoise, d, x, times, randn=None):
@@ -378,7 +381,7 @@ class System:
         The U-Net knows clips of T frames. What is longer is made window by window, each continuing the last half of what is
         there already, encoded anew; without guidance, because what is given knows its class, and guidance would push its colours on,
         window by window. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
-        progress(x, x_0) is called after each step.
+        sampler: a name in SAMPLERS, or a function like those. progress(x, x_0) is called after each step.
         """
         if not 1 <= steps <= self.diffusion.T:
             raise UserError(f"--steps {steps}: from 1 to {self.diffusion.T}, the steps it was trained with")
@@ -397,7 +400,7 @@ class System:
                 with autocast():
                     out = network(x, times)
                 return self.diffusion.split(x, out, times[:, -1], self.bound)
-            for x, x0 in SAMPLERS[sampler](denoise, self.diffusion, randn(), self.diffusion.times(steps), randn):
+            for x, x0 in SAMPLERS.get(sampler, sampler)(denoise, self.diffusion, randn(), self.diffusion.times(steps), randn):
                 if progress:
                     progress(x, x0)
             video = torch.cat([video, x[:, :, K:]], 2)

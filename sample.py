@@ -14,7 +14,7 @@
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the class asked for of each),
 samples.gif (a grid of some), and with --mp4 a file per video in samples/.
 """
-import json, time
+import functools, json, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -36,6 +36,7 @@ class Config:
     guidance: float = -1.0        # 1: the conditional model, 0: unconditional, more: clearer; -1: that of the run's previews
     sampler: str = "dpm"          # dpm (DPM-Solver++ 2M), ddim, or ddpm, which wants all the steps
     steps: int = 0                # network evaluations; 0: 25, or with ddpm all that the model was trained with
+    eta: float = 0.0              # of ddim: from 0, no noise is added, to 1, as much as in ddpm
     frames: int = 0               # length of the videos, also beyond the training's; 0: the training's, or twice that with --start
     start: str = ""               # a video to go on from; its last frames stand at the beginning of each sample
     seed: int = 0                 # sample i is drawn with seed + i, whatever the batch it is in
@@ -90,20 +91,20 @@ def encode_start(system, path, autocast):
     with autocast():
         return system.as_given(to_float(torch.from_numpy(clip[-n:].copy())[None]).to(system.device))
 
-def trajectory(system, path, labels, guidance, cfg, steps, autocast):
+def trajectory(system, path, labels, guidance, cfg, sampler, steps, autocast):
     """Four samples, and x_0 as the network guesses it at eight of the steps, from noise (left) to the end (right)."""
     guesses = []
-    system.sample(range(cfg.seed, cfg.seed + 4), labels, guidance, cfg.sampler, steps, autocast, lambda x, x0: guesses.append(x0))
+    system.sample(range(cfg.seed, cfg.seed + 4), labels, guidance, sampler, steps, autocast, lambda x, x0: guesses.append(x0))
     guesses = [guesses[i] for i in np.linspace(0, len(guesses) - 1, 8).round().astype(int)]
     with autocast():
         videos = np.stack([to_uint8(system.decode(z)) for z in guesses], 1)          # (4, 8, T, H, W, 3)
     save_grid(path, videos.reshape(-1, *videos.shape[2:]), columns=8)
 
-def sheet(system, path, scales, cfg, steps, autocast):
+def sheet(system, path, scales, cfg, sampler, steps, autocast):
     """The same noise for all: what guidance does to each class."""
     labels, rows = torch.arange(len(system.classes), device=system.device), []
     for scale in tqdm(scales, desc="guidance"):
-        z = torch.cat([system.sample([cfg.seed] * len(y), y, scale, cfg.sampler, steps, autocast) for y in labels.split(cfg.batch_size)])
+        z = torch.cat([system.sample([cfg.seed] * len(y), y, scale, sampler, steps, autocast) for y in labels.split(cfg.batch_size)])
         with autocast():
             rows.append(np.concatenate([to_uint8(system.decode(part)) for part in z.split(cfg.batch_size)]))
     videos = np.stack(rows, 1)                                                       # (classes, scales, T, H, W, 3)
@@ -180,6 +181,9 @@ def main():
     device, autocast = pick_device(cfg.device, cfg.dtype)
     if cfg.sampler not in SAMPLERS:
         raise UserError(f"--sampler {cfg.sampler}: one of {', '.join(SAMPLERS)} is wanted")
+    if not 0 <= cfg.eta <= (cfg.sampler == "ddim"):
+        raise UserError(f"--eta {cfg.eta:g} is for --sampler ddim, and from 0 to 1")
+    sampler = functools.partial(diffusion.ddim, eta=cfg.eta) if cfg.eta else cfg.sampler
     if cfg.benchmark:
         return benchmark(cfg, device, autocast)
     if cfg.reconstruct:
@@ -200,7 +204,7 @@ def main():
     steps = cfg.steps or (system.diffusion.T if cfg.sampler == "ddpm" else 25)
     frames, size, _ = system.clip
     if cfg.trajectory:
-        trajectory(system, out / "trajectory.gif", labels if labels is None else labels.to(device), guidance, cfg, steps, autocast)
+        trajectory(system, out / "trajectory.gif", labels if labels is None else labels.to(device), guidance, cfg, sampler, steps, autocast)
         return print(f"from noise (left) to video (right): {out}/trajectory.gif")
     if cfg.sheet:
         if not system.classes:
@@ -209,7 +213,7 @@ def main():
             scales = [float(v) for v in cfg.sheet.split(",")]
         except ValueError:
             raise UserError(f"--sheet {cfg.sheet}: guidance scales are wanted, as in 1,2,4")
-        sheet(system, out / "sheet.gif", scales, cfg, steps, autocast)
+        sheet(system, out / "sheet.gif", scales, cfg, sampler, steps, autocast)
         return print(f"one row per class, guidance {cfg.sheet} from left to right: {out}/sheet.gif")
     slot = frames // system.shape[1]                                                 # frames of one latent frame
     frames = cfg.frames or frames * (2 if cfg.start else 1)
@@ -228,11 +232,11 @@ def main():
             seeds = range(cfg.seed + i, cfg.seed + min(n, i + cfg.batch_size))
             y = labels[i:i + len(seeds)].to(device) if labels is not None else None
             given = context.expand(len(seeds), -1, -1, -1, -1) if cfg.start else None
-            z = system.sample(seeds, y, guidance, cfg.sampler, steps, autocast, lambda *_: bar.update(), given, length)   # (B, C, T, h, w)
+            z = system.sample(seeds, y, guidance, sampler, steps, autocast, lambda *_: bar.update(), given, length)   # (B, C, T, h, w)
             with autocast():
                 samples[i:i + len(seeds)] = to_uint8(system.decode(z)[:, :, :frames])         # (B, T, H, W, 3)
     samples.flush()
-    protocol = dict(data=cfg.data, n=n, frames=frames, size=size, stride=system.clip[2], sampler=cfg.sampler, steps=steps, guidance=guidance, seed=cfg.seed, start=cfg.start,
+    protocol = dict(data=cfg.data, n=n, frames=frames, size=size, stride=system.clip[2], sampler=cfg.sampler, eta=cfg.eta, steps=steps, guidance=guidance, seed=cfg.seed, start=cfg.start,
                     checkpoint=str(path), checkpoint_step=system.step, classes=system.classes, labels=labels.tolist() if labels is not None else None)
     (out / "samples.json").write_text(json.dumps(protocol, indent=1))
     if cfg.grid:

@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--checkpoint", default="runs/toy/diffusion.pt")
     parser.add_argument("--samplers", default="dpm")
     parser.add_argument("--steps", default="25")
-    parser.add_argument("--guidance", default="3")
+    parser.add_argument("--guidance", default="2")
     parser.add_argument("--n", type=int, default=512)
     parser.add_argument("--dtype", default="float32", help="of I3D: float32 or bfloat16")
     parser.add_argument("--i3d", help="I3D weights; else the user's cache, or pip")

@@ -1,5 +1,5 @@
 """Stage 2: formulas against independent ones, the U-Net, guidance, what is trained and what is not, resuming."""
-import json, math, shutil
+import functools, json, math, shutil
 from pathlib import Path
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 import diffusion
 from conftest import same
 from data import Videos
-from diffusion import SAMPLERS, Attention, Config, Diffusion, System, UNet, guided, load_diffusion
+from diffusion import SAMPLERS, Attention, Config, Diffusion, System, UNet, ddim, ddpm, guided, load_diffusion
 from vqgan3d import build_vqgan
 
 def net(classes=3, **changes):
@@ -85,6 +85,17 @@ def test_samplers_recover_a_gaussian(sampler, steps, noise):
     for x, x0 in SAMPLERS[sampler](optimal(d), d, randn(), d.times(steps), randn):
         pass
     assert x.mean().item() == pytest.approx(MEAN, abs=0.01) and x.std().item() == pytest.approx(STD, rel=0.03)
+
+def test_ddim_with_eta_1_is_ddpm():
+    """A wrong sigma, or the direction to x_t not shortened by it: other samples than DDPM's from the same noise (Song et al. 2021, section 4.1)."""
+    d = Diffusion(1000, "cosine", "eps")
+    def ends(sampler):
+        g = torch.Generator().manual_seed(0)
+        randn = lambda: torch.randn(99, generator=g, dtype=torch.float64)
+        return [x for x, _ in sampler(optimal(d), d, randn(), d.times(20), randn)][-1]
+    half = ends(functools.partial(ddim, eta=0.5))
+    assert torch.allclose(ends(functools.partial(ddim, eta=1.0)), ends(ddpm), atol=1e-9)
+    assert all((half - ends(other)).abs().max() > 0.01 for other in (ddim, ddpm))
 
 def test_dpm_is_of_second_order():
     """A correction with the wrong ratio of steps, or that overshoots at the long last step in log-SNR: no better than DDIM."""

@@ -112,7 +112,7 @@ def test_reconstruct(stage1, clips, main):
 
 @pytest.mark.parametrize("flags, words", [
     ([], "there is no runs/toy/diffusion.pt|python diffusion.py"), (["--reconstruct"], "runs/toy/vqgan.pt|python vqgan3d.py"),
-    (["--sampler", "euler"], "dpm"), (["--step", "3"], "did you mean --steps?"), (["--n", "many"], "invalid int value: 'many'"),
+    (["--sampler", "euler"], "dpm"), (["--eta", "1"], "for --sampler ddim"), (["--step", "3"], "did you mean --steps?"), (["--n", "many"], "invalid int value: 'many'"),
     (["--checkpoint", "cut.pt"], "cut.pt is not a usable checkpoint"), (["--steps", "51"], "from 1 to 50"), (["--n", "-3"], "--n")])
 def test_wrong_input_ends_in_one_line(stage2, main, flags, words):
     """A traceback where the user needs to know which command comes first."""
