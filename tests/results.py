@@ -1,6 +1,7 @@
 """The commands behind the README's results, one after the other.
 
     python tests/results.py sky actions                     # what two CPU cores carry in an evening
+    python tests/results.py toy                             # the toy trained longer, and at 64 x 64
     python tests/results.py losses latents                  # stage 1 on the actions, one thing changed at a time
     python tests/results.py denoiser                        # stage 2 on the toy likewise, after the quickstart
     python tests/results.py sky actions --budget gpu        # the same at full width; written for one GPU, not run yet
@@ -21,12 +22,22 @@ ACTIONS = {
     "cpu": ("--size 64 --width 32 --codes 2048 --perceptual 0.02 --disc_width 16 --lr 3e-3 --batch_size 4 --steps 800 --eval_every 200 --eval_clips 24",
             "--predict v --width 48 --blocks 1 --attention 256 --head_dim 48 --batch_size 16 --lr 4e-3 --ema 0.995 --latents 2880 --steps 2000 --eval_every 500", 256),
     "gpu": ("--size 64 --perceptual 0.02 --batch_size 16 --steps 4000 --eval_every 500", "--predict v --steps 15000 --latents 2880 --ema 0.999 --eval_every 2000", 2048)}
+TOY = {                                                     # name of the run: stage 1, stage 2, pixels a side
+    "cpu": {"ref": ("--steps 12000", "--steps 10000 --ema 0.998", 32),
+            "toy64": ("--size 64 --down 4,8,8 --width 16 --steps 8000", "--steps 6000 --ema 0.998", 64)},
+    "gpu": {"toy64": ("--size 64 --down 4,8,8 --batch_size 16 --steps 20000", "--width 128 --blocks 2 --batch_size 64 --lr 1e-3 --ema 0.9995 --steps 40000", 64)}}
 CHANGES = {                                                 # name of the run: what is changed, all else as in ACTIONS
     "losses": {"all": "", "no-perceptual": "--perceptual 0", "no-gan": "--gan 0", "no-feature": "--feature 0", "pixels-alone": "--perceptual 0 --gan 0 --feature 0"},
     "latents": {"down-4-8-8": "--down 4,8,8", "dim-3": "--code_dim 3", "dim-16": "--code_dim 16", "codes-512": "--codes 512", "codes-8192": "--codes 8192"},
     "denoiser": {"default": "", "eps": "--predict eps", "no-ema": "--ema 0"}}
 
 def commands(what, budget, vgg):
+    for name, (stage1, stage2, size) in TOY[budget].items() if what == "toy" else ():
+        yield f"vqgan3d.py {stage1} --out runs/{name}"
+        yield f"diffusion.py {stage2} --out runs/{name}"
+        yield f"sample.py --checkpoint runs/{name}/diffusion.pt --n 2048 --batch_size 32"
+        yield f"tests/judge.py --samples runs/{name}/samples.npy"
+        yield f"evaluate.py --data toy --size {size} --fake runs/{name}/samples.npy --out runs/{name}"
     stage1, stage2, n = {"sky": SKY}.get(what, ACTIONS)[budget]
     vgg = f" --vgg {vgg}" if vgg else ""
     i3d = " --dtype bfloat16" if budget == "cpu" else ""
@@ -59,7 +70,7 @@ def commands(what, budget, vgg):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=["sky", "actions", *CHANGES])
+    parser.add_argument("what", nargs="+", choices=["toy", "sky", "actions", *CHANGES])
     parser.add_argument("--budget", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--vgg", help="VGG16 weights; else torchvision's are downloaded")
     parser.add_argument("--list", action="store_true")

@@ -139,7 +139,7 @@ def test_toy_from_nothing_to_videos(tmp_path):
 @pytest.mark.parametrize("budget", ["cpu", "gpu"])
 def test_the_commands_of_the_results_are_understood(budget):
     """A flag that was renamed, in a script that takes an evening to get to it."""
-    for command in [c for what in ("sky", "actions", *results.CHANGES) for c in results.commands(what, budget, "vgg.npz")]:
+    for command in [c for what in ("toy", "sky", "actions", *results.CHANGES) for c in results.commands(what, budget, "vgg.npz")]:
         script, *flags = shlex.split(command)
         module = {m.__name__ + ".py": m for m in (vqgan3d, diffusion, sample, evaluate)}.get(script)
         if module:
