@@ -292,7 +292,7 @@ def ddpm(denoise, d, x, times, randn):
             x = x + (beta * (1 - ab_s) / (1 - ab_t)) ** 0.5 * randn()                          # posterior variance
         yield x, x0
 
-def ddim(denoise, d, x, times, randn, eta=0.0):
+def ddim(denoise, d, x, times, randn=None, eta=0.0):
     """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 adds no noise, eta 1 is ddpm"""
     for t, s in zip(times, times[1:] + [None]):
         x0, eps = denoise(x, t)
