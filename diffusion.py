@@ -1,6 +1,6 @@
 """Stage 2: a diffusion model of videos, in the latent space of stage 1. Noise in, latents out, and stage 1 paints them.
 
-    python diffusion.py                                     # the toy, after python vqgan3d.py (CPU: about 5 minutes)
+    python diffusion.py                                     # the toy, after python vqgan3d.py (CPU: about 7 minutes)
     python diffusion.py --data sky                          # latents of 16 x 128 x 128, one GPU
     python diffusion.py --data toy --pixels                 # the same U-Net on pixels, without stage 1: the VDM baseline
 
@@ -62,7 +62,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=1800, batch_size=16, lr=4e-3, latents=8192, ema=0.99, eval_every=600),
+    "toy":    dict(width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=2500, batch_size=16, lr=4e-3, latents=8192, ema=0.99, eval_every=1000),
     "sky":    dict(accumulate=4),              # so that 16 GB suffice; on a larger GPU --accumulate 1 is faster
     "ucf101": dict(accumulate=4),
 }

@@ -2,7 +2,7 @@
 
     video (3, 16, 128, 128) -> encoder -> z (6, 4, 32, 32) -> nearest codes -> decoder -> video
 
-    python vqgan3d.py                                        # the toy, on anything (CPU: about 4 minutes)
+    python vqgan3d.py                                        # the toy, on anything (CPU: about 3 minutes)
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
     torchrun --nproc_per_node 4 vqgan3d.py --data sky        # four of them, a part of each batch on each
     python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0 --device cpu
@@ -73,7 +73,7 @@ class Config:
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy":    dict(width=32, codes=2048, perceptual=0.0, steps=5000, vq_start=0.03, disc_start=0.75, gan_start=0.8, batch_size=4, disc_width=16, eval_every=1000, eval_clips=128),
+    "toy":    dict(width=32, codes=2048, perceptual=0.0, steps=3000, disc_start=0.75, gan_start=0.8, batch_size=4, disc_width=16, eval_every=500, eval_clips=128),
     "sky":    dict(),
     "ucf101": dict(),
 }
