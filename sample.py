@@ -147,8 +147,9 @@ def benchmark(cfg, device, autocast):
             gflop = flops(lambda: system.unet(torch.randn(1, *system.shape, device=device), torch.zeros(1, dtype=torch.long, device=device))) / 1e9
         for module in (system.unet, *([vqgan.decoder] if vqgan else [])):
             cast_once(module.requires_grad_(False), autocast)
-            compile and module.compile(dynamic=False)
+        compile and system.compile()
         for batch in batches:
+            compile and torch.compiler.reset()                                       # graphs of other sizes would fill the memory
             device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
             z = torch.randn(batch, *system.shape, device=device)
             try:
@@ -222,8 +223,7 @@ def main():
     print(f"{n} videos of {frames} frames of {size} x {size} from {path}, trained for {system.step} steps; {cfg.sampler}, {steps} steps, guidance {guidance:g}, {device}")
 
     if compiles("off" if cfg.compile == "auto" and n < 256 else cfg.compile, device):
-        for module in (system.unet, *([system.vqgan.decoder] if system.vqgan else [])):
-            module.compile(dynamic=False)
+        system.compile()
     start = time.time()
     samples = new_array(out / "samples.npy", np.uint8, (n, frames, size, size, 3))   # not held in memory
     evaluations = -(-n // cfg.batch_size) * steps * windows

@@ -226,6 +226,10 @@ class VQGAN(nn.Module):
         z_q, codes, losses = self.quantize(self.encode(x))
         return self.decode(z_q), codes, losses
 
+    def compile(self, **how):
+        """torch.compile of encode and decode, each as one piece; of an nn.Sequential it would compile every block by itself."""
+        self.encode, self.decode = torch.compile(self.encode, **how), torch.compile(self.decode, **how)
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the discriminator
 
@@ -305,11 +309,11 @@ def main():
     # nets and optimisers
     vqgan = VQGAN(cfg).to(device)
     disc = Discriminator(cfg.frames, cfg.size, cfg.disc_width).to(device) if cfg.gan or cfg.feature else None
-    vgg = load_vgg(cfg.vgg).to(device) if cfg.perceptual else None
+    vgg = cast_once(load_vgg(cfg.vgg).to(device), autocast) if cfg.perceptual else None
     opts = optimisers(vqgan, cfg.lr)
-    disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999), fused=device.type == "cuda") if disc else None
+    disc_opt = adam(disc.parameters(), cfg.disc_lr, (0.5, 0.999)) if disc else None
     if compiles(cfg.compile, device):
-        for module in (vqgan.encoder, vqgan.decoder, disc, vgg):
+        for module in (vqgan, disc, vgg):
             module and module.compile(dynamic=False)
 
     state, start = resume(path, cfg, MAY_CHANGE, log), 0
@@ -360,11 +364,12 @@ def main():
         batch = next(batches)                                                 # uint8 (B, T, H, W, 3)
         waited += time.time() - tick
         frame = torch.randint(cfg.frames, (cfg.batch_size,))                  # one of each clip, for the perceptual loss
-        play, losses = disc and step >= cfg.gan_start * cfg.steps, {}
+        learn, play = (disc and step >= start * cfg.steps for start in (cfg.disc_start, cfg.gan_start))
+        losses = {}
         for part in mine:
             x = to_float(batch[part].to(device, non_blocking=True))           # (B, 3, T, H, W)
 
-            # the autoencoder: what each loss asks of the pixels y, then one backward pass through decoder and encoder
+            # the autoencoder, and what the reconstruction losses ask of its pixels y
             with autocast():
                 y, codes, (codebook, commitment) = vqgan(x)
             terms = dict(mse=F.mse_loss(y, x), codebook=codebook, commitment=commitment)
@@ -375,27 +380,28 @@ def main():
                     terms["perceptual"] = vgg(x[i], y[i])
                 loss = loss + cfg.perceptual * terms["perceptual"]
             pull, = torch.autograd.grad(loss, y)
-            if play:
+
+            # the discriminator looks at both. What it sees is cut off from the autoencoder, which will feel nothing but the push
+            if learn or play:
+                seen = y.detach().requires_grad_()
                 with autocast():
-                    real = disc(x)[1]
-                    logit, fake = disc(y)
-                terms["gan"] = F.softplus(-logit).mean()                      # -log D(y): the non-saturating game
-                terms["feature"] = sum(F.l1_loss(f.float(), r.float().detach()) for f, r in zip(fake, real)) / len(real)
-                push, = torch.autograd.grad(cfg.gan * terms["gan"] + cfg.feature * terms["feature"], y)
+                    (real, real_features), (fake, fake_features) = disc(x), disc(seen)
+            if play:
+                terms["gan"] = F.softplus(-fake).mean()                       # -log D(y): the non-saturating game
+                terms["feature"] = sum(F.l1_loss(f.float(), r.float().detach()) for f, r in zip(fake_features, real_features)) / len(real_features)
+                push, = torch.autograd.grad(cfg.gan * terms["gan"] + cfg.feature * terms["feature"], seen, retain_graph=True)
                 # its arrival must not wreck the reconstruction: however it shouts, its gradient stays shorter than theirs
                 length = total(torch.stack([pull.square().sum(), push.square().sum()])).sqrt()
                 pull = pull + push * (cfg.gan_ratio * length[0] / length[1].clamp_min(1e-12)).clamp(max=1)
+            if learn:                                                         # log D(x) + log(1 - D(y))
+                terms["disc"] = F.softplus(-real).mean() + F.softplus(fake).mean()
+                (terms["disc"] / len(mine)).backward(inputs=list(disc.parameters()))
+                terms.update(D_real=real.sigmoid().mean(), D_fake=fake.sigmoid().mean())
+
+            # one backward pass through decoder and encoder for all that was asked of the pixels, and for the codebook
             vq = cfg.codebook * codebook + cfg.commitment * commitment
             outputs, gradients = ([y, vq], [pull, torch.ones_like(vq)]) if vq.requires_grad else ([y], [pull])
             torch.autograd.backward(outputs, [g / len(mine) for g in gradients])
-
-            # the discriminator: log D(x) + log(1 - D(y)), y detached so that nothing of this reaches the autoencoder
-            if disc and step >= cfg.disc_start * cfg.steps:
-                with autocast():
-                    real, fake = disc(x)[0], disc(y.detach())[0]
-                terms["disc"] = F.softplus(-real).mean() + F.softplus(fake).mean()
-                (terms["disc"] / len(mine)).backward()
-                terms.update(D_real=real.sigmoid().mean(), D_fake=fake.sigmoid().mean())
             for k, v in terms.items():
                 losses[k] = losses.get(k, 0) + v.detach() / len(mine)
         average_gradients(vqgan, disc)
@@ -480,7 +486,12 @@ def optimisers(model, lr):
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))}
     matrices = [p for p in model.parameters() if id(p) in kernels]
     others = [p for p in model.parameters() if id(p) not in kernels]
-    return [Muon(matrices, lr), torch.optim.Adam(others, lr, betas=(0.9, 0.99), fused=others[0].is_cuda)]
+    return [Muon(matrices, lr), adam(others, lr, (0.9, 0.99))]
+
+def adam(parameters, lr, betas):
+    """Adam in the form that is fastest where the parameters are."""
+    parameters = list(parameters)
+    return torch.optim.Adam(parameters, lr, betas, **{"fused" if parameters[0].is_cuda else "foreach": True})
 
 # ----------------------------------------------------------------------------------------------------------------------
 # plumbing, for both stages: device, processes, checkpoints, log. The lesson ends above
@@ -582,8 +593,12 @@ def compiles(flag, device):
     if flag == "off" or flag == "auto" and device.type != "cuda":
         return False
     try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        with torch.no_grad():                                                 # with CUDA graphs, where there is CUDA: they begin at the third call
+            f = torch.compile(lambda x: x.sin() + 1, mode="reduce-overhead")
+            [f(torch.ones(8, device=device)) for _ in range(3)]
         torch._dynamo.config.suppress_errors = True                           # what cannot be compiled runs as it is
+        torch._dynamo.config.cache_size_limit = 64                            # shapes and modes of one network; the default 8 is soon passed
+        torch._functorch.config.donated_buffer = False                        # the discriminator is passed backwards twice
         warnings.filterwarnings("ignore", "Dynamo detected a call to a .functools.lru_cache")
         return True
     except Exception as e:                                                    # no C compiler, no Triton
@@ -702,15 +717,19 @@ class VGG16(nn.Module):
             self.features[str(i)], C = nn.Conv2d(C, D, 3, padding=1), D
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.to(memory_format=torch.channels_last)
 
-    def forward(self, x, y):
-        h, distance = (torch.cat([x, y]) * 0.5 + 0.5 - self.mean) / self.std, 0
+    def taps(self, x):
+        h = (x * 0.5 + 0.5 - self.mean) / self.std
         for i in self.LAYERS:
             h = F.relu(self.features[str(i)](F.max_pool2d(h, 2) if i in self.POOLS else h))
             if i in self.TAPS:
-                fx, fy = F.normalize(h.float(), dim=1, eps=1e-6).chunk(2)
-                distance = distance + (fx - fy).square().sum(1).mean() / len(self.TAPS)
-        return distance
+                yield F.normalize(h.float(), dim=1, eps=1e-6)                 # (N, D, H, W)
+
+    def forward(self, x, y):
+        with torch.no_grad():                                                 # x is what y shall become
+            wanted = list(self.taps(x))
+        return sum((fx - fy).square().sum(1).mean() for fx, fy in zip(wanted, self.taps(y))) / len(self.TAPS)
 
 def load_vgg(path=""):
     """VGG16 with ImageNet weights, frozen: from a .pth or .npz file, or torchvision's, fetched once with its hash checked."""

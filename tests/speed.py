@@ -41,7 +41,7 @@ def growth(preset, compile, out):
         vqgan = vqgan3d.VQGAN(vqgan3d.Config(**{**vqgan3d.PRESETS[preset], "frames": frames, "size": size})).to(device)
         system = diffusion.System(diffusion.Config(**diffusion.PRESETS[preset]), vqgan, (frames, size, 1), None, device)
         if compile:
-            for module in (vqgan.encoder, vqgan.decoder, system.unet):
+            for module in (vqgan, system.unet):
                 module.compile(dynamic=False)
         x, z = torch.randn(batch, 3, frames, size, size, device=device), torch.randn(batch, *system.shape, device=device)
         t = torch.full((batch,), 500, device=device)

@@ -131,6 +131,25 @@ def test_quantiser_starts_once_and_never_again_after_loading():
     assert loaded.started and torch.equal(loaded.codebook, q.codebook)
     assert {"started", "usage"} <= set(q.state_dict()) and not torch.equal(loaded.usage, q.usage)
 
+# ---- the compiler ----
+
+def test_every_network_is_compiled_as_one_piece():
+    """Blocks compiled one by one, as torch does with an nn.Sequential; a ninth size that runs uncompiled."""
+    graphs = []
+    assert vqgan3d.compiles("on", torch.device("cpu")) or pytest.skip("no compiler here")
+    vqgan, disc, vgg = tiny(), Discriminator(8, 16, 4), vqgan3d.VGG16()
+    unet = diffusion.UNet(diffusion.Config(width=16, mults=(1, 2), blocks=1, head_dim=16, attention=64), 6, 4, 4, 3)
+    x = torch.linspace(-1, 1, 10 * 3 * 8 * 16 * 16).view(10, 3, 8, 16, 16).sin()
+    def run():
+        z = vqgan.encode(x[:2])
+        return z, vqgan.decode(z), vgg(x[:2, :, 0], x[:2, :, 1]), unet(z, torch.arange(2), torch.arange(2)), *(disc(x[:n + 1])[0] for n in range(10))
+    with torch.no_grad():
+        plain = run()
+        for module in (vqgan, disc, vgg, unet):
+            module.compile(dynamic=False, backend=lambda graph, _: graphs.append(graph) or graph)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(run(), plain)) and len(graphs) == 4 + 10
+    torch.compiler.reset()
+
 # ---- the optimiser ----
 
 def test_muon_steps_are_orthogonal_and_downhill():
@@ -218,7 +237,7 @@ def test_perceptual_network_is_frozen_and_differentiable(vgg_file):
 
 def test_perceptual_loss_compares_a_frame_with_its_own_reconstruction(stage1, clips, main, monkeypatch):
     """The random frame drawn once for the video and once more for the reconstruction."""
-    class Equal(torch.nn.Module):
+    class Equal(torch.nn.Linear):
         def forward(self, x, y):
             pairs.append((x, y))
             return (x - y).square().mean()
@@ -226,7 +245,7 @@ def test_perceptual_loss_compares_a_frame_with_its_own_reconstruction(stage1, cl
         zero = 0 * sum(p.sum() for p in self.parameters())
         return x + zero, torch.zeros(len(x), dtype=torch.long), (x.new_zeros(()), x.new_zeros(()))
     pairs = []
-    monkeypatch.setattr(vqgan3d, "load_vgg", lambda path: Equal())
+    monkeypatch.setattr(vqgan3d, "load_vgg", lambda path: Equal(1, 1))
     monkeypatch.setattr(vqgan3d.VQGAN, "forward", copy)
     result = main(vqgan3d, *short(clips, stage1.home, "--perceptual", 1, "--gan", 0, "--feature", 0))
     assert result.code == 0 and len(pairs) == 4
