@@ -100,6 +100,12 @@ class Conv(nn.Conv3d):
             return F.conv3d(F.pad(x, (0, 0, 0, 0, 1, 1)), self.weight, self.bias, self.stride, (0, *self.padding[1:]))
         return super().forward(x)
 
+class Linear(nn.Linear):
+    """A 1x1x1 convolution as the matrix product that it is: oneDNN's convolution makes NaN of the bfloat16 gradients of wide
+    ones on CPUs with AMX (torch 2.13)."""
+    def forward(self, x):                                                     # (B, C, T, H, W)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
 class Block(nn.Module):
     """Residual block: a convolution in space, then one in time."""
     def __init__(self, C):
@@ -125,14 +131,14 @@ def from_patches(x, p):
 class Down(nn.Module):
     def __init__(self, C, D, p):
         super().__init__()
-        self.p, self.proj = p, nn.Conv3d(C * math.prod(p), D, 1)
+        self.p, self.proj = p, Linear(C * math.prod(p), D)
     def forward(self, x):
         return self.proj(to_patches(x, self.p))
 
 class Up(nn.Module):
     def __init__(self, C, D, p):
         super().__init__()
-        self.p, self.proj = p, nn.Conv3d(C, D * math.prod(p), 1)
+        self.p, self.proj = p, Linear(C, D * math.prod(p))
     def forward(self, x):
         return from_patches(self.proj(x), self.p)
 
@@ -198,7 +204,7 @@ class VQGAN(nn.Module):
             last, rate = C, rate // stride[0]                                 # rate: frames here for one of the latent
             halo += c.blocks / rate
         self.halo = math.ceil(halo)                                           # latent frames that the decoder looks to each side
-        self.encoder = nn.Sequential(*encoder, Norm(C), nn.Conv3d(C, c.code_dim, 1))
+        self.encoder = nn.Sequential(*encoder, Norm(C), Linear(C, c.code_dim))
         self.quantizer = Quantizer(c.codes, c.code_dim)
         self.decoder = nn.Sequential(Conv(c.code_dim, C, 3, padding=1), *decoder)
         self.to(memory_format=torch.channels_last_3d)                         # the layout that convolutions are fastest in
