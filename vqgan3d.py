@@ -164,8 +164,9 @@ class Quantizer(nn.Module):
             flat = z.float().movedim(1, -1).reshape(-1, D)                    # (N, D)
             if self.training:
                 self.revive(gather(flat.detach()))
-            # |z - e|^2 for all pairs (N, K), less |z|^2, which is the same for all codes
-            codes = torch.addmm(self.codebook.square().sum(1), flat, self.codebook.T, alpha=-2).argmin(1)   # (N,)
+            # |z - e|^2 for all pairs (N, K), less |z|^2, which is the same for all codes; so many rows at a time as the cache holds
+            part, norms = max(1, 2 ** 21 // len(self.codebook)), self.codebook.square().sum(1)
+            codes = torch.cat([torch.addmm(norms, rows, self.codebook.T, alpha=-2).min(1).indices for rows in flat.split(part)])   # (N,)
             e = F.embedding(codes, self.codebook)                             # (N, D)
             losses = F.mse_loss(e, flat.detach()), F.mse_loss(flat, e.detach())
             if self.training:
