@@ -11,8 +11,11 @@ windows cut from that memory map: nothing is decoded while a network trains, so 
 Each prepares the cache (run it again after an interruption: it goes on where it stopped) and writes a preview GIF.
 Ranges: float (B, 3, T, H, W) in [-1, 1] inside the networks, uint8 (N, T, H, W, 3) everywhere outside.
 """
-import argparse, dataclasses, difflib, errno, hashlib, inspect, json, multiprocessing, os, re, shutil, sys
+import argparse, difflib, errno, hashlib, inspect, json, multiprocessing, os, re, shutil, sys, time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
@@ -49,19 +52,21 @@ def run(main):
         return main()
     except UserError as e:
         message = str(e)
-    except torch.OutOfMemoryError:
-        message = f"out of GPU memory (peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB): lower --batch_size, or compute the batch in parts with --accumulate 2"
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "DefaultCPUAllocator" not in str(e):
-            raise
-        message = f"out of memory ({first_line(e)}): lower --batch_size"
+    except KeyboardInterrupt:
+        message = "interrupted; the same command goes on from here"
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
             raise
         message = f"cannot write {e.filename or ''}: {e.strerror}. Free some space or choose another folder, then run the same command again"
-    except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from here"
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+            raise
+        message = f"out of memory ({first_line(e)}): lower --batch_size, or compute the batch in parts with --accumulate 2"
     sys.exit(f"error: {message}")
+
+def first_line(e):
+    """The beginning of what an exception says, in one line."""
+    return (" ".join(str(e).split()) or type(e).__name__)[:120]
 
 def parse(Config, presets={}, argv=None):
     """The command line of a Config dataclass: default < the set's own facts < preset of --data < flag.
@@ -69,32 +74,28 @@ def parse(Config, presets={}, argv=None):
     Each field is a flag, and the comment beside it is its help. Prints what differs from the defaults. Unknown flags and
     wrong types end in one line.
     """
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            unknown = re.search(r"unrecognized arguments: (\S+)", message)
-            close = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            sys.exit(f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; --help lists the flags")
-    help = dict(re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in dataclasses.fields(Config):
-        text = f"{help.get(f.name, '')} [{f.default}]".replace("%", "%%")
-        if isinstance(f.default, bool):
-            parser.add_argument(f"--{f.name}", action=argparse.BooleanOptionalAction, help=text)
-        else:
-            kind = ints if isinstance(f.default, tuple) else type(f.default)
-            parser.add_argument(f"--{f.name}", type=kind, metavar=kind.__name__.upper(), help=text)
+    def error(message):
+        unknown = re.search(r"unrecognized arguments: (\S+)", message)
+        close = unknown and difflib.get_close_matches(unknown[1], [f"--{k}" for k in defaults], 1)
+        sys.exit(f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; --help lists the flags")
+    defaults, help = vars(Config()), dict(re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = error
+    for k, default in defaults.items():
+        kind = ints if isinstance(default, tuple) else type(default)
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(f"--{k}", help=f"{help.get(k, '')} [{default}]".replace("%", "%%"), **how)
     flags = vars(parser.parse_args(argv))
     for k, v in flags.items():
-        least = 0 if isinstance(v, float) or getattr(Config, k) == 0 or k in ("latents", "grid") else 1   # where 0 has a meaning
+        least = 0 if isinstance(v, float) or defaults[k] == 0 or k in ("latents", "grid") else 1        # where 0 has a meaning
         if type(v) in (int, float) and not v >= least:
-            parser.error(f"argument --{k}: {v} is too small")
+            error(f"argument --{k}: {v} is too small")
     name = run_name(flags.get("data", Config.data))                                      # so a folder of your own can have a preset
-    known = {f.name for f in dataclasses.fields(Config)}
-    preset = {k: v for k, v in {**SETS.get(name, {}), **presets.get(name, {})}.items() if k in known}
+    preset = {**defaults, **SETS.get(name, {}), **presets.get(name, {})}
     for k, v in flags.items():
-        print(f"  --{k} {v}   (instead of {preset.get(k, getattr(Config, k))})")
-    return Config(**{**preset, **flags})
+        print(f"  --{k} {v}   (instead of {preset[k]})")
+    return Config(**{k: flags.get(k, preset[k]) for k in defaults})
 
 def ints(text):
     """"4,4,4" or "4x4x4" -> (4, 4, 4)"""
@@ -121,18 +122,15 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
     columns = columns or int(np.ceil(np.sqrt(N)))
     rows = -(-N // columns)
     zoom = zoom or max(1, min(192 // H, 960 // (columns * W), 1200 // (rows * H)))
-    grid = np.full((T, rows * (H + 1) - 1, columns * (W + 1) - 1, 3), 255, np.uint8)     # one white pixel between videos
-    for i, v in enumerate(videos):
-        y, x = i // columns * (H + 1), i % columns * (W + 1)
-        grid[:, y:y + H, x:x + W] = v
-    grid = grid.repeat(zoom, 1).repeat(zoom, 2)
+    tiles = np.pad(videos, ((0, rows * columns - N), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)   # a white pixel between
+    grid = tiles.reshape(rows, columns, T, H + 1, W + 1, 3).transpose(2, 0, 3, 1, 4, 5).reshape(T, rows * (H + 1), columns * (W + 1), 3)
+    grid = grid[:, :-1, :-1].repeat(zoom, 1).repeat(zoom, 2)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    how = dict(plugin="pillow", duration=1000 // fps, loop=0)
     if path.suffix == ".mp4":
-        grid = np.pad(grid, ((0, 0), (0, grid.shape[1] % 2), (0, grid.shape[2] % 2), (0, 0)), "edge")   # H.264 wants even sides
         how = dict(plugin="pyav", codec="libx264", fps=fps)
-    else:
-        how = dict(plugin="pillow", duration=1000 // fps, loop=0)
+        grid = np.pad(grid, ((0, 0), (0, grid.shape[1] % 2), (0, grid.shape[2] % 2), (0, 0)), "edge")   # H.264 wants even sides
     path.write_bytes(iio.imwrite("<bytes>", grid, extension=path.suffix, **how))         # in one go: a full disk is one error
 
 def new_array(path, dtype, shape):
@@ -187,24 +185,16 @@ def toy_videos(n, frames=16, size=32, seed=0):
 # ----------------------------------------------------------------------------------------------------------------------
 # finding the videos of a set
 
-def number(path):
-    """Frames are sorted by the last integer of their name, because frame_10 comes after frame_9."""
-    digits = re.findall(r"\d+", path.stem)
-    return (int(digits[-1]) if digits else 0, path.name)
-
-def find(root, prefix=()):
-    """All videos and frame folders below root: sorted relative paths, and what was passed over as (path, reason)."""
+def find(root):
+    """All videos and frame folders below root: sorted paths, and what was passed over as (relative path, reason)."""
     sources, skipped = [], []
     for folder, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
-        folder, files = Path(folder), sorted(f for f in files if not f.startswith("."))
-        kinds = {f: Path(f).suffix.lower() for f in files}
-        sources += [folder / f for f in files if kinds[f] in VIDEO]
-        if any(k in IMAGE for k in kinds.values()):
-            sources.append(folder)
-        skipped += [(str((folder / f).relative_to(root)), "not a video or image") for f in files if kinds[f] not in VIDEO | IMAGE]
-        if not files and not folders:
-            skipped.append((str(folder.relative_to(root)), "empty folder"))
+        kinds = {Path(folder, f): Path(f).suffix.lower() for f in sorted(files) if not f.startswith(".")}
+        sources += [f for f, kind in kinds.items() if kind in VIDEO] + [Path(folder)] * any(kind in IMAGE for kind in kinds.values())
+        skipped += [(str(f.relative_to(root)), "not a video or image") for f, kind in kinds.items() if kind not in VIDEO | IMAGE]
+        if not kinds and not folders:
+            skipped.append((str(Path(folder).relative_to(root)), "empty folder"))
     return sorted(sources), skipped
 
 def scan(data, data_dir, split):
@@ -214,35 +204,31 @@ def scan(data, data_dir, split):
         sources, skipped = find(root)
         return root, [(s, -1) for s in sources], skipped, None
     if data == "ucf101":
-        root, lists = Path(data_dir) / "UCF-101", Path(data_dir) / "ucfTrainTestlist"
-        sources, skipped, classes = [], [], None
-        if (lists / f"{split}list01.txt").is_file() and (lists / "classInd.txt").is_file():
-            read = lambda f: [line.split() for line in (lists / f).read_text(errors="replace").splitlines() if line.strip()]
-            rows = read("classInd.txt")                                                  # "1 ApplyEyeMakeup": counts from 1
-            if any(len(r) != 2 or not r[0].isdigit() for r in rows):
-                raise UserError(f"{lists / 'classInd.txt'} is not a list of 'number class' lines: fetch the split lists again. " + where(data, data_dir))
-            classes = [name for _, name in sorted(rows, key=lambda r: int(r[0]))]
-            index = {name.lower(): i for i, name in enumerate(classes)}                  # HandstandPushups / HandStandPushups
-            for path, *_ in read(f"{split}list01.txt"):                                  # test lists carry no labels: the folder tells
-                label = index.get(path.split("/")[0].lower())
-                good = label is not None and ".." not in Path(path).parts and (root / path).is_file()
-                sources.append((root / path, label)) if good else skipped.append((path, "listed, but not there"))
+        root, lists, sources, skipped = Path(data_dir) / "UCF-101", Path(data_dir) / "ucfTrainTestlist", [], []
+        if not ((lists / f"{split}list01.txt").is_file() and (lists / "classInd.txt").is_file()):
+            return root, [], [], None
+        read = lambda f: [line.split() for line in (lists / f).read_text(errors="replace").splitlines() if line.strip()]
+        rows = read("classInd.txt")                                                      # "1 ApplyEyeMakeup": counts from 1
+        if any(len(r) != 2 or not r[0].isdigit() for r in rows):
+            raise UserError(f"{lists / 'classInd.txt'} is not a list of 'number class' lines: fetch the split lists again. " + where(data, data_dir))
+        classes = [name for _, name in sorted(rows, key=lambda r: int(r[0]))]
+        index = {name.lower(): i for i, name in enumerate(classes)}                      # HandstandPushups / HandStandPushups
+        for path, *_ in read(f"{split}list01.txt"):                                      # test lists carry no labels: the folder tells
+            label = index.get(path.split("/")[0].lower())
+            good = label is not None and ".." not in Path(path).parts and (root / path).is_file()
+            sources.append((root / path, label)) if good else skipped.append((path, "listed, but not there"))
         return root, sources, skipped, classes
-    top = root = Path(data).expanduser()
+    root = Path(data).expanduser()
     if not root.is_dir():
         raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder")
-    split_folders = (root / "train").is_dir() and (root / "test").is_dir()
-    if split_folders:
-        root = root / split
+    train = root / "train" if (root / "train").is_dir() and (root / "test").is_dir() else None
+    root = root / split if train else root
     sources, skipped = find(root)
-    inside = [s.relative_to(root).parts for s in sources]
-    classes = sorted({p[0] for p in inside if len(p) > 1})
-    if len(classes) < 2 or any(len(p) < 2 for p in inside):
-        classes = None
-    if split_folders and classes:                                                        # both splits count the classes alike
-        classes = sorted(f.name for f in (top / "train").iterdir() if f.is_dir() and not f.name.startswith("."))
+    inside, classes = [s.relative_to(root).parts for s in sources], None
+    if all(len(p) > 1 for p in inside) and len({p[0] for p in inside}) > 1:              # with splits, both count the classes alike
+        classes = sorted(f.name for f in train.iterdir() if f.is_dir() and f.name[0] != ".") if train else sorted({p[0] for p in inside})
     sources = [(s, classes.index(p[0]) if classes and p[0] in classes else -1) for s, p in zip(sources, inside)]
-    if not split_folders and len(sources) > 1:                                           # every tenth video is held out
+    if not train and len(sources) > 1:                                                   # every tenth video is held out
         sources = [s for i, s in enumerate(sources) if (i % 10 == min(9, len(sources) - 1)) == (split == "test")]
     return root, sources, skipped, classes
 
@@ -253,15 +239,23 @@ def where(data, data_dir):
 # ----------------------------------------------------------------------------------------------------------------------
 # decoding, once, into the cache
 
-def frames_of(path):
-    """Iterate over the frames of a video file, GIF or frame folder: uint8 (H, W, 3) each."""
-    if path.is_dir():
-        for f in sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGE), key=number):
-            yield iio.imread(f, plugin="pillow", mode="RGB")
-    elif path.suffix.lower() == ".gif":
-        yield from iio.imiter(path, plugin="pillow", mode="RGB")
-    else:
-        yield from iio.imiter(path, plugin="pyav", format="rgb24")
+def frames_of(path, size):
+    """Iterate over the frames of a video file, GIF or frame folder, resized and cropped: uint8 (size, size, 3) each."""
+    frame = None
+    try:
+        if path.is_dir():                                  # sorted by the last integer of the name: frame_10 comes after frame_9
+            number = lambda f: (int((re.findall(r"\d+", f.stem) or [0])[-1]), f.name)
+            frames = (iio.imread(f, plugin="pillow", mode="RGB") for f in sorted(path.iterdir(), key=number) if f.suffix.lower() in IMAGE)
+        elif path.suffix.lower() == ".gif":
+            frames = iio.imiter(path, plugin="pillow", mode="RGB")
+        else:
+            frames = iio.imiter(path, plugin="pyav", format="rgb24")
+        for frame in frames:
+            yield resize_crop(frame, size)
+    except Exception as e:                                 # whatever a decoder raises on a bad file, the user reads it in one line
+        raise UserError(f"cannot read {path}: {first_line(e)}")
+    if frame is None:
+        raise UserError(f"cannot read {path}: no frames in it")
 
 def resize_crop(frame, size):
     """uint8 (H, W, 3) -> (size, size, 3): the short side resized to size with antialiasing, then the centre square."""
@@ -278,141 +272,118 @@ def resize_crop(frame, size):
 
 def read_video(path, size):
     """All frames of a video file, GIF or frame folder, resized and cropped: uint8 (T, size, size, 3)."""
-    try:
-        frames = [resize_crop(f, size) for f in frames_of(Path(path))]
-    except Exception as e:                     # whatever a decoder raises on a bad file, the user reads it in one line
-        raise UserError(f"cannot read {path}: {first_line(e)}")
-    if not frames:
-        raise UserError(f"cannot read {path}: no frames in it")
-    return np.stack(frames)
-
-def first_line(e):
-    return (str(e).splitlines() or [type(e).__name__])[0][:120]
+    return np.stack(list(frames_of(Path(path), size)))
 
 def decode(job):
     """A worker's job: decode one source into a file of raw frames. Returns (number of frames, "") or (0, what is wrong)."""
     path, size, part = job
-    n = 0
     with open(part, "wb") as f:
         try:
-            for frame in frames_of(path):
-                frame = resize_crop(frame, size)
-                f.write(frame.tobytes())
-                n += 1
-        except Exception as e:
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            return 0, f"unreadable: {first_line(e)}"
-    return n, "" if n else "unreadable: no frames"
+            return sum(f.write(frame) for frame in frames_of(path, size)) // (size * size * 3), ""
+        except UserError as e:
+            return 0, str(e).replace(f"cannot read {path}", "unreadable")
 
 def count_frames(path):
+    """Without decoding, for the disk check; 0 for a bad file, which decode() will name."""
     try:
-        return sum(f.suffix.lower() in IMAGE for f in path.iterdir()) if path.is_dir() else iio.improps(path, plugin="pillow" if path.suffix.lower() == ".gif" else "pyav").shape[0]
+        if path.is_dir():
+            return sum(f.suffix.lower() in IMAGE for f in path.iterdir())
+        return iio.improps(path, plugin="pillow" if path.suffix.lower() == ".gif" else "pyav").shape[0]
     except Exception:
-        return 0                               # only an estimate for the disk check: decode() will name the file
+        return 0
 
 def cache_folder(data, data_dir):
     """<data_dir>/cache, or runs/<data>/cache where the data folder cannot be written."""
     folder = Path(data_dir) / "cache"
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    folder = Path("runs") / run_name(data) / "cache"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(f"{folder}/", os.W_OK):               # or absent, or a file
+        folder = Path("runs") / run_name(data) / "cache"
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 def prepare(data, data_dir="datasets", split="train", size=128, frames=16, workers=-1):
     """Decode one split into the cache unless it is there already. Returns the path of its index.
 
     The cache is a flat file of frames, size * size * 3 bytes each, and a JSON index: (first frame, frames, label, source)
-    per video, the classes, and what was skipped and why. A journal, one line per finished video, makes it restartable.
+    per video, the classes, and what was skipped and why. Until all is decoded the index bears the name .journal; it is saved
+    every few seconds, and a preparation that was interrupted goes on from there.
     """
     name = run_name(data) if data in SETS else f"{run_name(data)}-{hashlib.sha256(str(Path(data).expanduser().resolve()).encode()).hexdigest()[:8]}"
     stem = str(cache_folder(data, data_dir) / f"{name}-{split}-{size}") + (f"x{frames}" if data == "toy" else "")
     index_path, frames_path, journal_path = Path(stem + ".json"), Path(stem + ".u8"), Path(stem + ".journal")
-    bytes_a_frame = size * size * 3
-    old = load_index(index_path)
+    bytes_a_frame, old = size * size * 3, load_index(index_path)
     if data == "toy":
-        n, seed = (8192, 0) if split == "train" else (1024, 1)
+        (n, seed), videos = (8192, 0) if split == "train" else (1024, 1), []
         fingerprint = f"toy 7 {n} {frames} {size} {seed}"
         if old and old["fingerprint"] == fingerprint:
             return index_path
         check_disk(index_path.parent, n * frames * bytes_a_frame, f"toy {split}")
-        videos = [(i * frames, frames, 0, f"toy {i}") for i in range(n)]
         with open(frames_path, "wb") as f:
             for i in tqdm(range(0, n, 256), desc=f"toy {split}", unit_scale=256, unit=" clips"):
                 clips, labels = toy_videos(256, frames, size, seed=(seed, i))
-                f.write(clips.tobytes())
-                videos[i:i + 256] = [(a, b, int(l), s) for (a, b, _, s), l in zip(videos[i:i + 256], labels)]
-        return write_index(index_path, fingerprint, size, TOY_CLASSES, videos, [])
+                f.write(clips)
+                videos += [(k * frames, frames, label, f"toy {k}") for k, label in enumerate(labels.tolist(), i)]
+        return write_index(index_path, dict(fingerprint=fingerprint, size=size, classes=TOY_CLASSES, videos=videos, skipped=[]))
 
     root, sources, skipped, classes = scan(data, data_dir, split)
-    if not sources:
-        if old:                                # a prepared cache that travelled without its raw data
-            return index_path
-        raise UserError(f"no usable video for --data {data} ({split} split): {where(data, data_dir)}")
     listing = [(str(s.relative_to(root)), s.stat().st_size if s.is_file() else sum(1 for _ in s.iterdir()), label) for s, label in sources]
     fingerprint = hashlib.sha256(json.dumps([listing, classes]).encode()).hexdigest()
-    if old and old["fingerprint"] == fingerprint:
+    if old and (old["fingerprint"] == fingerprint or not sources):                       # or a cache that travelled without its raw data
         return index_path
-    done = []                                  # [source, frames, label or reason] per finished video, in order
-    if journal_path.exists() and frames_path.exists():
-        first, *rest = (read_json(line) for line in journal_path.read_text(errors="replace").splitlines() or [""])
-        for (source, _, label), row in zip(listing, rest if first == fingerprint else []):
-            if not (isinstance(row, list) and len(row) == 3 and row[0] == source and type(row[1]) is int and (row[2] == label if row[1] > 0 else row[1] == 0)):
-                break                          # what was cut off or damaged is decoded again, with all that follows
-            done.append(row)
-        if sum(r[1] for r in done) * bytes_a_frame > frames_path.stat().st_size:
-            done = []
+    nothing = UserError(f"no usable video for --data {data} ({split} split): {where(data, data_dir)}")
+    if not sources:
+        raise nothing
+    index = dict(fingerprint=fingerprint, size=size, classes=classes, videos=[], skipped=skipped)
+    unreadable, interrupted, known = [], load_index(journal_path), {(source, label) for source, _, label in listing}
+    if interrupted and interrupted["fingerprint"] == fingerprint and known.issuperset((s, label) for _, _, label, s in interrupted["videos"]):
+        unreadable = [row for row in interrupted["skipped"] if row[1].startswith("unreadable")]
+        index |= dict(videos=interrupted["videos"], skipped=skipped + unreadable)
+    videos, done, total = index["videos"], len(index["videos"]) + len(unreadable), sum(v[1] for v in index["videos"])
     sample = sources[::max(1, len(sources) // 64)]
-    need = sum(count_frames(s) for s, _ in sample) / len(sample) * (len(sources) - len(done)) * bytes_a_frame
+    need = sum(count_frames(s) for s, _ in sample) / len(sample) * (len(sources) - done) * bytes_a_frame
     check_disk(index_path.parent, need, f"{name} {split}")
     if workers < 0:
         workers = min(os.cpu_count() or 1, len(sources) // 16)                           # starting a process costs seconds
-    jobs = [(s, size, f"{stem}.{i}.part") for i, (s, _) in enumerate(sources)][len(done):]
+    jobs = [(s, size, f"{stem}.{i}.part") for i, (s, _) in enumerate(sources)][done:]
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) if workers > 1 else None
+    index_path.unlink(missing_ok=True)                                                   # its frames are overwritten now
     try:
-        with open(frames_path, "r+b" if done else "wb") as f, open(journal_path, "w") as journal:
-            f.truncate(sum(r[1] for r in done) * bytes_a_frame)
-            f.seek(0, os.SEEK_END)
-            journal.writelines(json.dumps(r) + "\n" for r in [fingerprint, *done])
-            results = pool.map(decode, jobs) if pool else map(decode, jobs)
-            bar = tqdm(zip(jobs, results), total=len(sources), initial=len(done), desc=f"{name} {split}", unit=" videos")
-            for (source, _, part), (n, wrong) in bar:
+        with open(frames_path, "r+b" if done else "wb") as f:
+            f.seek(f.truncate(total * bytes_a_frame))
+            results, saved = zip(listing[done:], jobs, pool.map(decode, jobs) if pool else map(decode, jobs)), time.time()
+            for (source, _, label), (*_, part), (n, wrong) in tqdm(results, total=len(sources), initial=done, desc=f"{name} {split}", unit=" videos"):
                 if n:
                     with open(part, "rb") as p:
                         shutil.copyfileobj(p, f, 1 << 22)
+                    videos.append((total, n, label, source))
+                    total += n
+                else:
+                    index["skipped"].append((source, wrong))
                 os.remove(part)
-                f.flush()
-                done.append([str(source.relative_to(root)), n, wrong or sources[len(done)][1]])
-                journal.write(json.dumps(done[-1]) + "\n")
-                journal.flush()
+                if time.time() > saved + 5:
+                    f.flush()
+                    write_index(journal_path, index)
+                    saved = time.time()
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-        for part in index_path.parent.glob(f"{Path(stem).name}.*.part"):
-            part.unlink()
-    starts = np.cumsum([0] + [n for _, n, _ in done]).tolist()
-    videos = [(start, n, label, s) for start, (s, n, label) in zip(starts, done) if n]
-    skipped += [(s, wrong) for s, n, wrong in done if not n]
+        for *_, part in jobs:
+            Path(part).unlink(missing_ok=True)
+        write_index(journal_path, index)
+    report(name, split, index["skipped"], journal_path.replace(index_path))
     if not videos:
-        report(name, split, skipped)
-        raise UserError(f"no usable video for --data {data} ({split} split): {where(data, data_dir)}")
-    write_index(index_path, fingerprint, size, classes, videos, skipped)
-    journal_path.unlink()
-    report(name, split, skipped, index_path)
+        raise nothing
     return index_path
 
 def check_disk(folder, need, what):
     free = shutil.disk_usage(folder).free
     print(f"{what}: about {need / 1e9:.2f} GB to write to {folder}, {free / 1e9:.1f} GB free")
     if need > free:
-        raise UserError(f"not enough disk for {what} in {folder}: about {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; free some, lower --size, or choose another --data_dir")
+        raise UserError(f"not enough disk for {what} in {folder}: about {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
+                        "free some, lower --size, or choose another --data_dir")
 
-def report(name, split, skipped, index_path=None):
+def report(name, split, skipped, index_path):
     """Count and name what was not used, by reason."""
     for reason in sorted({r.split(":")[0] for _, r in skipped}):
         rows = [f"{s} ({r})" if ":" in r else s for s, r in skipped if r.split(":")[0] == reason]
@@ -420,30 +391,28 @@ def report(name, split, skipped, index_path=None):
         print(f"{name} {split}: skipped {len(rows)} {reason}: {', '.join(rows[:8])}{more}")
 
 def read_json(text):
+    """What a line of JSON says, or None if it is damaged."""
     try:
         return json.loads(text)
     except ValueError:
         return None
 
 def load_index(path):
-    """The index of a prepared cache, or None if it is absent, damaged, or disagrees with the size of its file of frames."""
-    index = read_json(path.read_text(errors="replace")) if path.exists() else None
+    """The index of a cache, or None if it is absent, empty, damaged, or promises more than its file of frames holds."""
     try:
-        labels, count = range(-1, len(index["classes"] or [])), 0
-        for first, n, label, source in index["videos"]:
-            if first != count or n < 1 or label not in labels or not isinstance(source, str):
-                return None
-            count += n
-        good = count and path.with_suffix(".u8").stat().st_size == count * index["size"] ** 2 * 3 and "fingerprint" in index
-        return index if good and all(len(row) == 2 for row in index["skipped"]) else None
+        index = json.loads(path.read_text(errors="replace"))
+        firsts, counts, labels, sources = zip(*index["videos"])
+        good = min(counts) > 0 and firsts == (0, *accumulate(counts))[:-1] and {*labels} <= {*range(-1, len(index["classes"] or []))}
+        texts = [*sources, *(text for source, reason in index["skipped"] for text in (source, reason))]
+        good = good and all(isinstance(text, str) for text in texts) and "fingerprint" in index
+        return index if good and path.with_suffix(".u8").stat().st_size >= sum(counts) * index["size"] ** 2 * 3 else None
     except (TypeError, KeyError, ValueError, OSError):
         return None
 
-def write_index(path, fingerprint, size, classes, videos, skipped):
+def write_index(path, index):
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(dict(fingerprint=fingerprint, size=size, classes=classes, videos=videos, skipped=skipped)))
-    os.replace(temporary, path)
-    return path
+    temporary.write_text(json.dumps(index))
+    return temporary.replace(path)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # batches
@@ -456,8 +425,6 @@ class Videos:
     def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1, flip=False):
         if flip and data == "toy":
             raise UserError("--flip would turn right into left, and the toy's classes are directions: leave it off")
-        if min(size, frames, stride) < 1:
-            raise UserError(f"size {size}, frames {frames} and stride {stride} must be at least 1")
         path = prepare(data, data_dir, split, size, frames * stride)
         index = load_index(path)
         self.data, self.split, self.size, self.frames, self.stride, self.flip = data, split, size, frames, stride, flip
@@ -482,23 +449,21 @@ class Videos:
         clips, labels = np.empty((n, self.frames, self.size, self.size, 3), np.uint8), np.empty(n, np.int64)
         for k in range(n):
             i = rng.integers(len(self.videos))
-            clips[k], labels[k] = self.window(i, rng.integers(self.videos[i][1] - self.span + 1))
-            if self.flip and rng.integers(2):
-                clips[k] = clips[k, :, :, ::-1].copy()
+            clip, labels[k] = self.window(i, rng.integers(self.videos[i][1] - self.span + 1))
+            clips[k] = clip[:, :, ::-1] if self.flip and rng.integers(2) else clip
         return torch.from_numpy(clips), torch.from_numpy(labels)
 
     def fixed(self, n):
         """The same n windows every time, spread evenly over the videos and unflipped: for evaluation and previews."""
-        n_videos, clips, labels = len(self.videos), [], []
+        videos, windows = len(self.videos), []
         for k in range(n):
-            i = k * n_videos // n if n <= n_videos else k % n_videos
-            turns = -(-n // n_videos)                                                    # windows a video gives
-            clip, label = self.window(i, (self.videos[i][1] - self.span) * (k // n_videos if n > n_videos else 0) // max(1, turns - 1))
-            clips.append(clip)
-            labels.append(label)
+            i = k * videos // n if n <= videos else k % videos
+            room = self.videos[i][1] - self.span                                         # shared by the windows of a video, if it gives several
+            windows.append(self.window(i, room * (k // videos) // max(1, (n - 1) // videos)))
+        clips, labels = zip(*windows)
         return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     data: str = "toy"            # toy, sky, ucf101, or a folder of videos
     data_dir: str = "datasets"   # where the raw sets and the caches lie

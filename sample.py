@@ -14,7 +14,7 @@
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the class asked for of each),
 samples.gif (a grid of some), and with --mp4 a file per video in samples/.
 """
-import functools, json, time
+import functools, json, math, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import SETS, UserError, Videos, new_array, parse, read_video, run, run_name, save_grid, to_float, to_uint8
 import diffusion, vqgan3d
 from diffusion import SAMPLERS, load_diffusion
-from vqgan3d import cast_once, compiles, load_vqgan, peak_memory, pick_device, psnr, side_by_side
+from vqgan3d import cast_once, compiles, load_vqgan, peak_memory, pick_device, psnr
 
 @dataclass
 class Config:
@@ -76,8 +76,18 @@ def reconstruct(cfg, path, out, device, autocast):
             y.append(vqgan(to_float(part).to(device))[0].cpu())
     y = torch.cat(y)
     np.save(out / "reconstructions.npy", to_uint8(y))
-    save_grid(out / "reconstructions.gif", side_by_side(clips, y), columns=min(8, len(y)))
+    save_grid(out / "reconstructions.gif", np.concatenate([clips, to_uint8(y)], axis=2), columns=min(8, len(y)))
     print(f"PSNR {psnr(to_float(clips), y):.2f} dB on {len(y)} held-out clips: {out}/reconstructions.gif, reconstructions.npy")
+
+def as_given(system, frames):
+    """Frames (N, 3, t, H, W) in [-1, 1] that are to be continued -> latents as the U-Net sees them.
+
+    In training later frames stood after the given ones, and the encoder saw them. Here there are none yet: it sees the given
+    ones backwards. With nothing there, its last latent would be biased, and a long video would change its colours.
+    """
+    if system.vqgan:
+        frames = system.vqgan.encode(torch.cat([frames, frames.flip(2)], 2))[:, :, :frames.shape[2] // system.vqgan.config.down[0]]
+    return (frames - system.mean) / system.std
 
 @torch.no_grad()
 def encode_start(system, path, autocast):
@@ -89,7 +99,57 @@ def encode_start(system, path, autocast):
     if not n:
         raise UserError(f"--start {path} has {len(clip)} frames, and at least {slot} are needed")
     with autocast():
-        return system.as_given(to_float(torch.from_numpy(clip[-n:].copy())[None]).to(system.device))
+        return as_given(system, to_float(torch.from_numpy(clip[-n:].copy())[None]).to(system.device))
+
+def renew(system, x, K):
+    """The last K latent frames of x, decoded and encoded again: what the encoder makes of real frames is what the U-Net knows
+    how to continue, and where generated latents differ from that, every window would add a little to the difference."""
+    if not system.vqgan:
+        return x[:, :, -K:]
+    return as_given(system, system.decode(x[:, :, -system.shape[1]:]).clamp(-1, 1)[:, :, -K * system.vqgan.config.down[0]:])
+
+@torch.no_grad()
+def sample_long(system, seeds, labels, guidance, sampler, steps, autocast, progress=None, context=None, length=0):
+    """System.sample of any length, (N, C, length, H, W); context (N, C, any, H, W): latents to begin with, which count for the length.
+
+    The U-Net knows clips of T frames. What is longer is made window by window, each continuing the last half of what is there
+    already, encoded anew; without guidance, because what is given knows its class, and guidance would push its colours on,
+    window by window.
+    """
+    if length > system.shape[1] == 1:
+        raise UserError("--frames: clips of a single latent frame leave no room for one to go on from; train with more --frames, or a smaller --down in time")
+    T, streams = system.shape[1], [torch.Generator().manual_seed(s) for s in seeds]
+    video = system.sample(streams, labels, guidance, sampler, steps, autocast, progress) if context is None else context
+    while video.shape[2] < length:
+        K = min(max(1, T // 2), video.shape[2])
+        with autocast():
+            given = video[:, :, -K:] if video is context else renew(system, video, K)        # (N, C, K, H, W)
+        window = system.sample(streams, labels, min(guidance, 1.0), sampler, steps, autocast, progress, given)
+        video = torch.cat([video, window[:, :, K:]], 2)
+    return video[:, :, :length]
+
+def reach(decoder):
+    """Latent frames that its convolutions in time see to each side; frames that it makes of one"""
+    halo, rate = 0, 1
+    for layer in decoder:                                                            # from coarse to fine
+        halo, rate = (halo, rate * layer.p[0]) if isinstance(layer, vqgan3d.Up) else (halo + 1 / rate, rate)
+    return math.ceil(halo), rate
+
+def decode_long(system, x, part):
+    """System.decode of any length, `part` latent frames at a time, so that memory does not grow with it. Each part is decoded
+    with all that the decoder can see on both sides: there is no seam."""
+    videos, (halo, rate) = [], reach(system.vqgan.decoder if system.vqgan else ())
+    for i in range(0, x.shape[2], part):
+        start = max(0, i - halo)
+        video = system.decode(x[:, :, start:i + part + halo])
+        videos.append(video[:, :, (i - start) * rate:(i - start + part) * rate])
+    return torch.cat(videos, 2)
+
+def compile_system(system):
+    """torch.compile, for sampling. On a GPU the U-Net becomes a CUDA graph besides: its hundreds of kernels start at once."""
+    system.unet.compile(dynamic=False, mode="reduce-overhead")
+    if system.vqgan:
+        system.vqgan.compile(dynamic=False)
 
 def trajectory(system, path, labels, guidance, cfg, sampler, steps, autocast):
     """Four samples, and x_0 as the network guesses it at eight of the steps, from noise (left) to the end (right)."""
@@ -134,7 +194,7 @@ def benchmark(cfg, device, autocast):
     with autocast():
         peak = 2 * len(m) ** 3 / seconds(lambda: [m @ m for _ in range(8)]).min() * 8
     timed, batches = (steps, (1, 4, 16, 64)) if device.type == "cuda" else (2, (1, 4))
-    stage2, compile = diffusion.Config(**diffusion.PRESETS["sky"]), compiles(cfg.compile, device)
+    stage2, compiled = diffusion.Config(**diffusion.PRESETS["sky"]), compiles(cfg.compile, device)
     print(f"{device}{'' if timed == steps else f', {timed} steps timed, the others extrapolated'}, a matrix product reaches {peak / 1e12:.2f} TFLOP/s; seconds a video, decoding included\n"
           f"{'':<40}{'batch':>6}{'GFLOP':>7}{'a step':>9}{'share':>7}{'decode':>9}{'GB':>6}{'100 steps':>17}{'ratio':>7}{'20 steps':>10}{'ratio':>7}")
     for kind, down in (("pixels, 16 x 64 x 64", None), ("latent, 16 x 128 x 128, down 4,4,4", (4, 4, 4)), ("latent, 16 x 128 x 128, down 4,8,8", (4, 8, 8))):
@@ -147,9 +207,9 @@ def benchmark(cfg, device, autocast):
             gflop = flops(lambda: system.unet(torch.randn(1, *system.shape, device=device), torch.zeros(1, dtype=torch.long, device=device))) / 1e9
         for module in (system.unet, *([vqgan.decoder] if vqgan else [])):
             cast_once(module.requires_grad_(False), autocast)
-        compile and system.compile()
+        compiled and compile_system(system)
         for batch in batches:
-            compile and torch.compiler.reset()                                       # graphs of other sizes would fill the memory
+            compiled and torch.compiler.reset()                                       # graphs of other sizes would fill the memory
             device.type == "cuda" and torch.cuda.reset_peak_memory_stats()
             z = torch.randn(batch, *system.shape, device=device)
             try:
@@ -171,7 +231,7 @@ def benchmark(cfg, device, autocast):
     print("published: VDM 35.26 s at 16 x 64 x 64, VQ-VDM 3.95 s at 16 x 128 x 128, both 100 steps: 8.9 times")
     path = Path(cfg.out or "runs") / "benchmark.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(device=str(device), timed_steps=timed, compiled=compile, torch=torch.__version__, matmul_tflops=peak / 1e12, rows=rows), indent=1))
+    path.write_text(json.dumps(dict(device=str(device), timed_steps=timed, compiled=compiled, torch=torch.__version__, matmul_tflops=peak / 1e12, rows=rows), indent=1))
     print(f"saved: {path}")
 
 @torch.no_grad()
@@ -223,7 +283,7 @@ def main():
     print(f"{n} videos of {frames} frames of {size} x {size} from {path}, trained for {system.step} steps; {cfg.sampler}, {steps} steps, guidance {guidance:g}, {device}")
 
     if compiles("off" if cfg.compile == "auto" and n < 256 else cfg.compile, device):
-        system.compile()
+        compile_system(system)
     start = time.time()
     samples = new_array(out / "samples.npy", np.uint8, (n, frames, size, size, 3))   # not held in memory
     evaluations = -(-n // cfg.batch_size) * steps * windows
@@ -232,9 +292,9 @@ def main():
             seeds = range(cfg.seed + i, cfg.seed + min(n, i + cfg.batch_size))
             y = labels[i:i + len(seeds)].to(device) if labels is not None else None
             given = context.expand(len(seeds), -1, -1, -1, -1) if cfg.start else None
-            z = system.sample(seeds, y, guidance, sampler, steps, autocast, lambda *_: bar.update(), given, length)   # (B, C, T, h, w)
+            z = sample_long(system, seeds, y, guidance, sampler, steps, autocast, lambda *_: bar.update(), given, length)   # (B, C, T, h, w)
             with autocast():
-                samples[i:i + len(seeds)] = to_uint8(system.decode(z)[:, :, :frames])         # (B, T, H, W, 3)
+                samples[i:i + len(seeds)] = to_uint8(decode_long(system, z, 4 * system.shape[1])[:, :, :frames])   # (B, T, H, W, 3)
     samples.flush()
     protocol = dict(data=cfg.data, n=n, frames=frames, size=size, stride=system.clip[2], sampler=cfg.sampler, eta=cfg.eta, steps=steps, guidance=guidance, seed=cfg.seed, start=cfg.start,
                     checkpoint=str(path), checkpoint_step=system.step, classes=system.classes, labels=labels.tolist() if labels is not None else None)

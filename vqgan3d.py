@@ -14,7 +14,7 @@ It is trained by five losses, each a named term whose weight is a flag:
 Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for bit), vqgan.jsonl (the log), vqgan.gif (held-out
 clips over their reconstructions, remade at every evaluation).
 """
-import atexit, dataclasses, fcntl, functools, json, math, os, resource, signal, sys, time, warnings
+import atexit, fcntl, json, math, os, resource, signal, sys, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed.nn.functional import all_gather, all_reduce
 from tqdm import tqdm
 from data import UserError, Videos, first_line, parse, read_json, run, run_name, save_grid, to_float, to_uint8
 
@@ -116,31 +116,25 @@ class Block(nn.Module):
     def forward(self, x):                                                     # (B, C, T, H, W)
         return x + self.time(F.silu(self.space(self.norm(x))))
 
-def to_patches(x, p):
-    """(B, C, T, H, W) -> (B, pt * ph * pw * C, T / pt, H / ph, W / pw)"""
-    B, C, T, H, W = x.shape
-    x = x.movedim(1, -1).view(B, T // p[0], p[0], H // p[1], p[1], W // p[2], p[2], C)   # channels last, as they lie in memory
-    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).movedim(-1, 1)
-
-def from_patches(x, p):
-    """The inverse of to_patches."""
-    B, D, T, H, W = x.shape
-    x = x.movedim(1, -1).view(B, T, H, W, *p, D // math.prod(p)).permute(0, 1, 4, 2, 5, 3, 6, 7)   # (B, T, pt, H, ph, W, pw, C)
-    return x.reshape(B, T * p[0], H * p[1], W * p[2], -1).movedim(-1, 1)
-
 class Down(nn.Module):
+    """Cuts patches and makes channels of them: (B, C, T, H, W) -> (B, D, T / pt, H / ph, W / pw)"""
     def __init__(self, C, D, p):
         super().__init__()
         self.p, self.proj = p, Linear(C * math.prod(p), D)
     def forward(self, x):
-        return self.proj(to_patches(x, self.p))
+        (B, C, T, H, W), (pt, ph, pw) = x.shape, self.p
+        x = x.movedim(1, -1).view(B, T // pt, pt, H // ph, ph, W // pw, pw, C)   # channels last, as they lie in memory
+        return self.proj(x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).movedim(-1, 1))
 
 class Up(nn.Module):
+    """Makes patches of channels and puts them together: the inverse of Down."""
     def __init__(self, C, D, p):
         super().__init__()
         self.p, self.proj = p, Linear(C, D * math.prod(p))
     def forward(self, x):
-        return from_patches(self.proj(x), self.p)
+        (B, _, T, H, W), (pt, ph, pw) = x.shape, self.p
+        x = self.proj(x).movedim(1, -1).view(B, T, H, W, pt, ph, pw, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)   # (B, T, pt, H, ph, W, pw, D)
+        return x.reshape(B, T * pt, H * ph, W * pw, -1).movedim(-1, 1)
 
 class Quantizer(nn.Module):
     """Nearest-neighbour quantisation with a learned codebook (van den Oord et al. 2017, eq. 1-3), in float32.
@@ -163,7 +157,7 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().movedim(1, -1).reshape(-1, D)                    # (N, D)
             if self.training:
-                self.revive(gather(flat.detach()))
+                self.revive(flat.detach())
             # |z - e|^2 for all pairs (N, K), less |z|^2, which is the same for all codes; so many rows at a time as the cache holds
             part, norms = max(1, 2 ** 21 // len(self.codebook)), self.codebook.square().sum(1)
             codes = torch.cat([torch.addmm(norms, rows, self.codebook.T, alpha=-2).min(1).indices for rows in flat.split(part)])   # (N,)
@@ -178,6 +172,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def revive(self, flat):
         """Move the codes that are hardly used, at the first call all of them, to random latents (N, D)."""
+        flat = torch.cat(all_gather(flat.contiguous())) if WORLD > 1 else flat   # of all processes
         dead = self.usage < 0.05
         pick = torch.randint(len(flat), self.usage.shape, device=flat.device)
         jitter = 0.01 * flat.std(0) * torch.randn_like(self.codebook)         # there may be fewer latents than codes
@@ -193,18 +188,17 @@ class VQGAN(nn.Module):
         if len(c.down) != 3 or any(d < 1 or d & (d - 1) for d in c.down):
             raise UserError(f"--down {','.join(map(str, c.down))}: three powers of two are wanted, as in 4,8,8")
         if c.frames % c.down[0] or c.size % c.down[1] or c.size % c.down[2]:
-            raise UserError(f"{c.frames} frames of {c.size} x {c.size} cannot be divided by --down {','.join(map(str, c.down))}: change --frames, --size or --down")
+            raise UserError(f"{c.frames} frames of {c.size} x {c.size} cannot be divided by --down {','.join(map(str, c.down))}: "
+                            "change --frames, --size or --down")
         levels = max(1, int(math.log2(max(c.down))))
         # down (4, 8, 8) takes strides (1, 2, 2), (2, 2, 2), (2, 2, 2): time, which moves little, is halved last
         strides = [tuple(2 if d >= 2 ** (levels - i) else 1 for d in c.down) for i in range(levels)]
         widths = [min(c.width * 3 ** i, max(c.width, 384)) for i in range(levels)]
-        encoder, decoder, last, rate, halo = [], [], 3, c.down[0], 1
+        encoder, decoder, last = [], [], 3
         for stride, C in zip(strides, widths):                                # a stage: patches to channels, then blocks
             encoder += [Down(last, C, stride), *(Block(C) for _ in range(c.blocks))]
             decoder = [*(Block(C) for _ in range(c.blocks)), Up(C, last, stride)] + decoder
-            last, rate = C, rate // stride[0]                                 # rate: frames here for one of the latent
-            halo += c.blocks / rate
-        self.halo = math.ceil(halo)                                           # latent frames that the decoder looks to each side
+            last = C
         self.encoder = nn.Sequential(*encoder, Norm(C), Linear(C, c.code_dim))
         self.quantizer = Quantizer(c.codes, c.code_dim)
         self.decoder = nn.Sequential(Conv(c.code_dim, C, 3, padding=1), *decoder)
@@ -218,16 +212,6 @@ class VQGAN(nn.Module):
 
     def decode(self, z_q):
         return self.decoder(z_q.contiguous(memory_format=torch.channels_last_3d)).float()
-
-    def decode_long(self, z_q, part):
-        """decode() of any length, `part` latent frames at a time, so that memory does not grow with it. Each part is decoded
-        with all that its convolutions in time can see on both sides: there is no seam."""
-        videos, rate = [], self.config.down[0]
-        for i in range(0, z_q.shape[2], part):
-            start = max(0, i - self.halo)
-            video = self.decode(z_q[:, :, start:i + part + self.halo])
-            videos.append(video[:, :, (i - start) * rate:(i - start + part) * rate])
-        return torch.cat(videos, 2)
 
     def forward(self, x):
         z_q, codes, losses = self.quantize(self.encode(x))
@@ -293,21 +277,16 @@ def psnr(x, y):
 def validate(vqgan, clips, autocast, batch_size):
     """Held-out uint8 clips through the bottleneck and back: dict(psnr, usage, perplexity), reconstructions (float)."""
     vqgan.eval()
-    x, y, codes = to_float(clips), [], []
-    for part in x.split(batch_size):
-        with autocast():
-            out = vqgan(part.to(vqgan.quantizer.usage.device))
-        y.append(out[0].cpu())
-        codes.append(out[1].flatten().cpu())
+    x, device = to_float(clips), vqgan.quantizer.usage.device
+    with autocast():
+        y, codes = map(torch.cat, zip(*([v.cpu() for v in vqgan(part.to(device))[:2]] for part in x.split(batch_size))))
+    p = torch.bincount(codes.flatten(), minlength=vqgan.config.codes).double() / codes.numel()
     vqgan.train()
-    y, p = torch.cat(y), torch.bincount(torch.cat(codes), minlength=vqgan.config.codes).double()
-    p = p / p.sum()
-    return dict(psnr=psnr(x, y), usage=(p > 0).double().mean().item(), perplexity=math.exp(-(p * p.clamp_min(1e-12).log()).sum())), y
+    return dict(psnr=psnr(x, y), usage=(p > 0).double().mean().item(), perplexity=torch.special.entr(p).sum().exp().item()), y
 
 def main():
     cfg = parse(Config, PRESETS)
     out = Path(cfg.out or f"runs/{run_name(cfg.data)}")
-    out.mkdir(parents=True, exist_ok=True)
     path, log = out / "vqgan.pt", out / "vqgan.jsonl"
     alone = lock(path)
     device, autocast = pick_device(cfg.device, cfg.dtype)
@@ -323,18 +302,8 @@ def main():
         for module in (vqgan, disc, vgg):
             module and module.compile(dynamic=False)
 
-    state, start = resume(path, cfg, MAY_CHANGE, log), 0
-    if state:
-        start = state["step"]
-        vqgan.load_state_dict(state["model"])
-        for opt, s in zip(opts, state["opts"]):
-            opt.load_state_dict(s)
-        if disc:
-            disc.load_state_dict(state["disc"])
-            disc_opt.load_state_dict(state["disc_opt"])
-    def checkpoint(step):
-        save(path, dict(config=dataclasses.asdict(cfg), step=step, model=vqgan.state_dict(), opts=[o.state_dict() for o in opts],
-                        disc=disc.state_dict() if disc else None, disc_opt=disc_opt.state_dict() if disc else None))
+    learners = dict(model=vqgan, opts=opts, disc=disc, disc_opt=disc_opt)     # what a checkpoint holds the state of
+    start = restore(learners, resume(path, cfg, MAY_CHANGE, log))
 
     with one_after_the_other():
         train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.flip)
@@ -344,32 +313,26 @@ def main():
     print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent {cfg.code_dim} x " +
           " x ".join(str(n // d) for n, d in zip((cfg.frames, cfg.size, cfg.size), cfg.down)) + f", {device}, writing {out}/")
 
-    caught, recent, clock, mark, waited = catch_signals(), [], time.time(), start, 0.0
+    asked_to_stop, recent, clock = catch_signals(device), [], time.time()
     bar = tqdm(range(start, cfg.steps + 1), initial=start, total=cfg.steps, desc="stage 1", mininterval=1 if sys.stderr.isatty() else 20, disable=RANK > 0)
     for step in bar:
         if not RANK and (step % cfg.eval_every == 0 or step == cfg.steps):
-            check_finite(recent, step - 1, path)
             scores, y = validate(vqgan, clips, autocast, cfg.batch_size)
-            save_grid(out / "vqgan.gif", side_by_side(clips[:8], y[:8]), columns=min(8, len(y)))
+            check_finite([*recent, scores], step, path)
+            save_grid(out / "vqgan.gif", np.concatenate([clips[:8], to_uint8(y[:8])], axis=2), columns=min(8, len(y)))
             write_log(log, dict(step=step, **scores))
             bar.write(f"step {step}: held-out PSNR {scores['psnr']:.2f} dB, codes used {scores['usage']:.1%}, perplexity {scores['perplexity']:.0f}")
-            if not math.isfinite(scores["psnr"]):
-                raise UserError(f"step {step}: the reconstruction is not finite; lower --lr, then run again")
             if step > start:
-                checkpoint(step)
-            clock, mark, waited = time.time(), step, 0.0                      # training time alone is timed
+                save(path, dict(config=vars(cfg), step=step, **learners))
+            recent, clock = [], time.time()                                   # training time alone is timed
         if step == cfg.steps:
             break
         torch.manual_seed(cfg.seed * 1_000_003 + step)                        # every draw of this step follows from here
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = cfg.lr * schedule(step, cfg.steps)
+        lr = cfg.lr * schedule(step, cfg.steps)
         if step >= cfg.vq_start * cfg.steps:
             vqgan.quantizer.started.fill_(True)
 
-        tick = time.time()
-        batch = next(batches)                                                 # uint8 (B, T, H, W, 3)
-        waited += time.time() - tick
+        batch, waited = next(batches)                                         # uint8 (B, T, H, W, 3)
         frame = torch.randint(cfg.frames, (cfg.batch_size,))                  # one of each clip, for the perceptual loss
         learn, play = (disc and step >= start * cfg.steps for start in (cfg.disc_start, cfg.gan_start))
         losses = {}
@@ -412,27 +375,18 @@ def main():
             for k, v in terms.items():
                 losses[k] = losses.get(k, 0) + v.detach() / len(mine)
         average_gradients(vqgan, disc)
-        for opt in (*opts, *([disc_opt] if disc else [])):
-            opt.step()
-            opt.zero_grad()
+        update(opts, lr)
+        update([disc_opt] if disc else [], cfg.disc_lr)
 
-        recent.append(losses)
-        stop = stopping(caught, step, device)
+        recent.append(losses | dict(waiting=waited))
+        stop = asked_to_stop(step)
         if step % 20 == 0 or stop:
-            check_finite(recent, step, path)
-            row = {k: v.item() for k, v in losses.items()}
-            seconds = time.time() - clock
-            write_log(log, dict(step=step, **row, lr=group["lr"], seconds_a_step=seconds / (step + 1 - mark), waiting=waited / seconds,
-                                dead_codes=(vqgan.quantizer.usage < 0.05).sum().item(), memory_gb=peak_memory(device)))
-            bar.set_postfix(mse=f"{row['mse']:.4f}", GB=f"{peak_memory(device):.1f}", refresh=False)
+            look(recent, step, path, clock, device, bar, lr=lr, dead_codes=(vqgan.quantizer.usage < 0.05).sum().item())
+            recent, clock = [], time.time()
         if stop:
-            checkpoint(step + 1)
+            save(path, dict(config=vars(cfg), step=step + 1, **learners))
             raise UserError(f"stopped after step {step + 1} and saved {path}; the same command goes on from there")
     print(f"done: {path}, the log {log}, held-out clips over their reconstructions {out / 'vqgan.gif'}")
-
-def side_by_side(x, y):
-    """uint8 clips over their float reconstructions, clip by clip: uint8 (N, T, 2H, W, 3)"""
-    return np.concatenate([np.asarray(x), to_uint8(y)], axis=2)
 
 def load_vqgan(path, device="cpu"):
     """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
@@ -440,8 +394,7 @@ def load_vqgan(path, device="cpu"):
 
 def build_vqgan(state, device="cpu"):
     try:
-        config = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()})
-        vqgan = VQGAN(config)
+        vqgan = VQGAN(Config(**state["config"]))
         vqgan.load_state_dict(state["model"])
     except (TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise UserError(f"this checkpoint does not fit stage 1 as it is written now ({first_line(e)}): train anew with --fresh")
@@ -461,25 +414,24 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            kernels = {}                                                      # of one shape are done at once: on a GPU that counts
-            for p in group["params"]:
-                m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                m.lerp_(p.grad, 1 - group["momentum"])
-                u = p.grad.lerp(m, group["momentum"]).reshape(len(p), -1)     # Nesterov; (out, in * kernel)
-                kernels.setdefault(u.shape, []).append((p, u))
-            for (rows, columns), pairs in kernels.items():
-                u = torch.stack([u for _, u in pairs])
-                u = orthogonalise(u) if rows <= columns else orthogonalise(u.mT).mT
-                for (p, _), step in zip(pairs, u):
-                    p.add_(step.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+        group, kernels = self.param_groups[0], {}                             # kernels of one shape are done at once: on a GPU that counts
+        for p in group["params"]:
+            m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            m.lerp_(p.grad, 1 - group["momentum"])
+            u = p.grad.lerp(m, group["momentum"]).reshape(len(p), -1)         # Nesterov; (out, in * kernel)
+            kernels.setdefault(u.shape, []).append((p, u))
+        for shape, pairs in kernels.items():
+            for (p, _), step in zip(pairs, orthogonalise(torch.stack([u for _, u in pairs]))):
+                p.add_(step.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
 def orthogonalise(u):
-    """Newton-Schulz iteration towards the nearest matrices with singular values of about 1; u (..., m, n), m <= n.
+    """Newton-Schulz iteration towards the nearest matrices with singular values of about 1; u (..., m, n).
 
     Each step is u <- p(u u') u. All these p are polynomials in the first u u', a small matrix, so they are multiplied together
     there, and u itself, which is often ten times as long, is touched only at the beginning and the end.
     """
+    if u.shape[-2] > u.shape[-1]:
+        return orthogonalise(u.mT).mT
     u = u.float() / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     a, q, eye = u @ u.mT, None, torch.eye(u.shape[-2], device=u.device)
     for i in range(5):
@@ -488,11 +440,12 @@ def orthogonalise(u):
         a = p @ a @ p if i < 4 else None                                      # of the next u; they commute
     return q @ u
 
+MATRICES = nn.Conv2d, nn.Conv3d, nn.Linear
+
 def optimisers(model, lr):
     """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook, whose rows are points, not maps."""
-    kernels = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear))}
-    matrices = [p for p in model.parameters() if id(p) in kernels]
-    others = [p for p in model.parameters() if id(p) not in kernels]
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, MATRICES)}
+    matrices, others = ([p for p in model.parameters() if (id(p) in kernels) == wanted] for wanted in (True, False))
     return [Muon(matrices, lr), adam(others, lr, (0.9, 0.99))]
 
 def adam(parameters, lr, betas):
@@ -503,8 +456,13 @@ def adam(parameters, lr, betas):
 # ----------------------------------------------------------------------------------------------------------------------
 # plumbing, for both stages: device, processes, checkpoints, log. The lesson ends above
 
+# torchrun starts several processes and tells each its number; without it there is one, and none of this does anything
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
 def pick_device(device="auto", dtype="auto"):
     """-> torch.device, and a function that opens the autocast context of the dtype; "auto" takes what is fastest here."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: auto, float32 or bfloat16 is wanted")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if device == "cuda" and WORLD > 1:
@@ -514,10 +472,9 @@ def pick_device(device="auto", dtype="auto"):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device} cannot be used: {first_line(e)}. Try --device cpu")
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: auto, float32 or bfloat16 is wanted")
-    if dtype == "auto":
-        dtype = "bfloat16" if has_bfloat16(device) else "float32"
+    fast = {"cuda": lambda: torch.cuda.get_device_capability(device) >= (8, 0),   # where the hardware multiplies it: GPUs since 2020
+            "cpu": lambda: any(getattr(torch.cpu, f"_is_{f}_supported", bool)() for f in ("amx_tile", "avx512_bf16"))}
+    low = dtype == "bfloat16" or dtype == "auto" and fast.get(device.type, bool)()
     if WORLD > 1 and not dist.is_initialized():                               # the processes find one another
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -526,39 +483,18 @@ def pick_device(device="auto", dtype="auto"):
         if RANK:                                                              # only process 0 speaks, and writes
             sys.stdout = open(os.devnull, "w")
     # a context for each forward: autocast keeps the weights it has cast until it closes, stale once the optimiser has stepped
-    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    return device, lambda: torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 def cast_once(module, autocast):
     """A frozen network's kernels and matrices in the type to which autocast would otherwise cast them at every call."""
     with autocast():
         device = next(module.parameters()).device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    for m in module.modules():
-        if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear)):
-            m.to(dtype)
-    return module
-
-@functools.cache
-def has_bfloat16(device):
-    """Whether the hardware multiplies bfloat16: GPUs since 2020, CPUs with AMX or AVX512-BF16"""
-    if device.type == "cpu":
-        return any(getattr(torch.cpu, f"_is_{f}_supported", bool)() for f in ("amx_tile", "avx512_bf16"))
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-# torchrun starts several processes and tells each its number; without it there is one, and none of this does anything
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return module.apply(lambda m: m.to(dtype) if isinstance(m, MATRICES) else m)
 
 def total(x):
     """Sum over the processes; gradients flow through it."""
     return all_reduce(x) if WORLD > 1 else x
-
-def gather(x):
-    """(N, ...) of each process -> (N * WORLD, ...), in their order"""
-    if WORLD == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
 
 def average_gradients(*modules):
     """All processes go on with the mean of their gradients: one message for all of them."""
@@ -572,11 +508,9 @@ def average_gradients(*modules):
 @contextmanager
 def one_after_the_other():
     """Process 0 first, so that what it leaves on disk is there for the others."""
-    if RANK:
-        dist.barrier()
+    RANK and dist.barrier()
     yield
-    if WORLD > 1 and not RANK:
-        dist.barrier()
+    RANK or WORLD > 1 and dist.barrier()
 
 def parts(n, accumulate):
     """Slices of a batch of n: this process's share, in `accumulate` parts."""
@@ -586,12 +520,12 @@ def parts(n, accumulate):
     return [slice(i * size, (i + 1) * size) for i in range(RANK * accumulate, (RANK + 1) * accumulate)]
 
 def ahead(fetch, steps):
-    """fetch(step) for each of the steps; a thread has the next one ready while this one is used."""
+    """fetch(step) for each of the steps, and the seconds waited for it; a thread has the next one ready while this one is used."""
     with ThreadPoolExecutor(1) as thread:
         following = thread.submit(fetch, steps[0]) if steps else None
         for step in steps:
-            now, following = following, thread.submit(fetch, step + 1)
-            yield now.result()
+            now, following, tick = following, thread.submit(fetch, step + 1), time.time()
+            yield now.result(), time.time() - tick
 
 def compiles(flag, device):
     """Whether to use torch.compile: --compile, and a trial that shows whether there is a compiler that works."""
@@ -599,21 +533,22 @@ def compiles(flag, device):
         raise UserError(f"--compile {flag}: auto, on or off is wanted")
     if flag == "off" or flag == "auto" and device.type != "cuda":
         return False
-    try:
-        with torch.no_grad():                                                 # with CUDA graphs, where there is CUDA: they begin at the third call
-            f = torch.compile(lambda x: x.sin() + 1, mode="reduce-overhead")
-            [f(torch.ones(8, device=device)) for _ in range(3)]
-        torch._dynamo.config.suppress_errors = True                           # what cannot be compiled runs as it is
-        torch._dynamo.config.cache_size_limit = 64                            # shapes and modes of one network; the default 8 is soon passed
-        torch._functorch.config.donated_buffer = False                        # the discriminator is passed backwards twice
-        warnings.filterwarnings("ignore", "Dynamo detected a call to a .functools.lru_cache")
-        return True
+    try:                                                                      # with CUDA graphs, where there is CUDA: they begin at the third call
+        f = torch.compile(lambda x: x.sin() + 1, mode="reduce-overhead")
+        [f(torch.ones(8, device=device)) for _ in range(3)]
     except Exception as e:                                                    # no C compiler, no Triton
         print(f"torch.compile does not work here ({first_line(e)}): going on without")
         return False
+    torch._dynamo.config.suppress_errors = True                               # what cannot be compiled runs as it is
+    torch._dynamo.config.cache_size_limit = 64                                # shapes and modes of one network; the default 8 is soon passed
+    torch._functorch.config.donated_buffer = False                            # the discriminator is passed backwards twice
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a .functools.lru_cache")
+    return True
 
 def lock(path):
-    """Hold the returned file while training into path: a second process is refused. The system frees it, even after a crash."""
+    """Make the folder of path, and hold the returned file while training into it: a second process is refused. The system frees
+    it, even after a crash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     f = open(path.with_name(f".{path.stem}.lock"), "w")
     try:
         RANK or fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -622,13 +557,16 @@ def lock(path):
     return f
 
 def save(path, state):
-    """Write a checkpoint so that a crash at any moment leaves the old file or the new one, never half of one."""
+    """Write a checkpoint so that a crash at any moment leaves the old file or the new one, never half of one.
+
+    state: plain values, networks, and under "opts" a list of optimisers; of networks and optimisers their state is written.
+    """
     if RANK:
         return
-    for part in ("model", "ema", "disc"):
-        bad = [k for k, v in (state.get(part) or {}).items() if not v.isfinite().all()]
-        if bad:
-            raise UserError(f"step {state['step']}: {bad[0]} is not finite; {path} still holds the last good step. Lower --lr, then run again")
+    state = {k: [o.state_dict() for o in v] if k == "opts" else v.state_dict() if hasattr(v, "state_dict") else v for k, v in state.items()}
+    bad = [k for part in ("model", "ema", "disc") for k, v in (state.get(part) or {}).items() if not v.isfinite().all()]
+    if bad:
+        raise UserError(f"step {state['step']}: {bad[0]} is not finite; {path} still holds the last good step. Lower --lr, then run again")
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -644,37 +582,46 @@ def load(path, device="cpu"):
     """Read a checkpoint without executing anything in it."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        if isinstance(state, dict) and {"config", "step", "model"} <= set(state):
-            return state
-        wrong = "it is not one of ours"
+        if not isinstance(state, dict) or not {"config", "step", "model"} <= set(state):
+            raise ValueError("it is not one of ours")
+        return state
     except FileNotFoundError:
         raise UserError(f"there is no {path}: train it first (python vqgan3d.py --data ..., then python diffusion.py --data ...)")
     except Exception as e:                                                    # a damaged or hostile file can raise anything
-        wrong = first_line(e)
-    raise UserError(f"{path} is not a usable checkpoint ({wrong}): delete it, or train anew with --fresh")
+        raise UserError(f"{path} is not a usable checkpoint ({first_line(e)}): delete it, or train anew with --fresh")
 
 def resume(path, cfg, may_change, log):
     """The state to go on from, or None. Refuses a checkpoint of another configuration; the log loses what came after it."""
-    rows = []
-    state = load(path) if path.exists() and not cfg.fresh else None
+    state, rows = load(path) if path.exists() and not cfg.fresh else None, []
     if state:
         differ = [f"--{k} {v} (now {getattr(cfg, k, None)})" for k, v in state["config"].items() if k not in may_change and getattr(cfg, k, None) != v]
         if differ:
             raise UserError(f"{path} was trained with {', '.join(differ)}: give the same flags, another --out, or --fresh to start anew")
         print(f"resuming {path} at step {state['step']}")
-        if log.exists():
-            steps = [(r, read_json(r)) for r in log.read_text(errors="replace").splitlines()]
-            rows = [r for r, row in steps if isinstance(row, dict) and type(row.get("step")) is int and row["step"] < state["step"]]
+        for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+            row = read_json(line)                                             # None if it is damaged
+            rows += [line + "\n"] if isinstance(row, dict) and type(row.get("step")) is int and row["step"] < state["step"] else []
     if not RANK:
         temporary = log.with_suffix(".tmp")
-        temporary.write_text("".join(r + "\n" for r in rows))
+        temporary.write_text("".join(rows))
         os.replace(temporary, log)
     return state
 
+def restore(learners, state):
+    """Load into networks and optimisers what save() wrote of them -> the step to go on at"""
+    for k, v in learners.items() if state else ():
+        for one, saved in zip(v, state[k]) if k == "opts" else [(v, state[k])]:
+            one and one.load_state_dict(saved)
+    return state["step"] if state else 0
+
+def update(opts, lr):
+    for opt in opts:
+        opt.param_groups[0]["lr"] = lr                                        # each has one group
+        opt.step()
+        opt.zero_grad()
+
 def write_log(path, row):
-    if RANK:
-        return
-    with open(path, "a") as f:
+    with open(os.devnull if RANK else path, "a") as f:
         f.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
 
 def peak_memory(device):
@@ -683,8 +630,9 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
-def catch_signals():
-    """A list that fills when Ctrl-C or SIGTERM comes, so that a loop can finish its step and save; the second one kills."""
+def catch_signals(device):
+    """-> a function of the step: did Ctrl-C or SIGTERM come, so that a loop should end after it and save? The second one kills.
+    Several processes must agree on the step: every 20th they ask one another."""
     caught = []
     def handler(number, frame):
         if caught:
@@ -692,19 +640,23 @@ def catch_signals():
         caught.append(number)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
-    return caught
+    return lambda step: caught if WORLD == 1 else step % 20 == 0 and total(torch.tensor(float(len(caught)), device=device)).item()
 
-def stopping(caught, step, device):
-    """Whether a signal asks to stop after this step. Several processes must agree on the step: every 20th they ask one another."""
-    return caught if WORLD == 1 else step % 20 == 0 and total(torch.tensor(float(len(caught)), device=device)).item()
+def look(recent, step, path, clock, device, bar, **more):
+    """recent: of each step up to this one its losses, all looked at here (every step would stall a GPU), and the seconds it waited
+    for its batch. The log gets those of this step, what a step has cost since `clock`, and `more`."""
+    check_finite(recent, step, path)
+    losses, seconds = {k: float(v) for k, v in recent[-1].items() if k != "waiting"}, time.time() - clock
+    write_log(path.with_suffix(".jsonl"), dict(step=step, **losses, **more, seconds_a_step=seconds / len(recent),
+                                               waiting=sum(r["waiting"] for r in recent) / seconds, memory_gb=peak_memory(device)))
+    first = next(iter(losses))
+    bar.set_postfix({first: f"{losses[first]:.4f}", "GB": f"{peak_memory(device):.1f}"}, refresh=False)
 
 def check_finite(recent, step, path):
-    """recent: the losses of the steps up to this one, which are all looked at here (every step would stall a GPU) and forgotten."""
     for at, losses in enumerate(recent, step + 1 - len(recent)):
         bad = [k for k, v in losses.items() if not math.isfinite(v)]
         if bad:
-            raise UserError(f"step {at}: {', '.join(bad)} is not finite; {path} still holds the last good step. Lower --lr, or the weight of {bad[0]}, then run again")
-    recent.clear()
+            raise UserError(f"step {at}: {', '.join(bad)} is not finite; {path} still holds the last good step. Lower --lr, or that loss's weight, then run again")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # borrowed: VGG16 (Simonyan & Zisserman 2015), for the perceptual loss
@@ -714,29 +666,26 @@ VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"            # 
 class VGG16(nn.Module):
     """Perceptual distance of frames (N, 3, H, W) in [-1, 1]: the mean squared difference of channel-normalised features after
     relu 1_2, 2_2, 3_3, 4_3 and 5_3, as in LPIPS (Zhang et al. 2018) but with all channels weighted alike."""
-    LAYERS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256, 17: 512, 19: 512, 21: 512, 24: 512, 26: 512, 28: 512}
-    TAPS, POOLS = {2, 7, 14, 21, 28}, {5, 10, 17, 24}                         # torchvision's numbering of `features`
-
     def __init__(self):
         super().__init__()
-        C, self.features = 3, nn.ModuleDict()
-        for i, D in self.LAYERS.items():
-            self.features[str(i)], C = nn.Conv2d(C, D, 3, padding=1), D
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-        self.to(memory_format=torch.channels_last)
+        layers, C, self.taps = [], 3, {3, 8, 15, 22, 29}                      # in torchvision's numbering of `features`
+        for D in (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512):
+            layers += [nn.MaxPool2d(2)] if D == "pool" else [nn.Conv2d(C, C := D, 3, padding=1), nn.ReLU()]
+        self.features = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1), persistent=False)
 
-    def taps(self, x):
+    def responses(self, x):
         h = (x * 0.5 + 0.5 - self.mean) / self.std
-        for i in self.LAYERS:
-            h = F.relu(self.features[str(i)](F.max_pool2d(h, 2) if i in self.POOLS else h))
-            if i in self.TAPS:
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in self.taps:
                 yield F.normalize(h.float(), dim=1, eps=1e-6)                 # (N, D, H, W)
 
     def forward(self, x, y):
         with torch.no_grad():                                                 # x is what y shall become
-            wanted = list(self.taps(x))
-        return sum((fx - fy).square().sum(1).mean() for fx, fy in zip(wanted, self.taps(y))) / len(self.TAPS)
+            wanted = list(self.responses(x))
+        return sum((fx - fy).square().sum(1).mean() for fx, fy in zip(wanted, self.responses(y))) / len(wanted)
 
 def load_vgg(path=""):
     """VGG16 with ImageNet weights, frozen: from a .pth or .npz file, or torchvision's, fetched once with its hash checked."""
@@ -745,11 +694,11 @@ def load_vgg(path=""):
             state = torch.hub.load_state_dict_from_url(VGG_URL, map_location="cpu", check_hash=True, weights_only=True)
         elif str(path).endswith(".npz"):
             with np.load(path, allow_pickle=False) as arrays:
-                state = {k: torch.from_numpy(arrays[k]).float() for k in arrays.files}
+                state = {k: torch.from_numpy(v).float() for k, v in arrays.items()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         vgg = VGG16()
-        vgg.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")} | {"mean": vgg.mean, "std": vgg.std})
+        vgg.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")})
     except Exception as e:                                                    # no network, a broken file, other names
         raise UserError(f"the perceptual loss needs VGG16's weights ({path or 'vgg16-397923af.pth'}: {first_line(e)}): download {VGG_URL} "
                         "and give --vgg PATH, or leave the loss out with --perceptual 0")

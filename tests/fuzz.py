@@ -82,8 +82,7 @@ class Kinds:
         os.chdir(home)
         self.latents()
         index, = home.glob("cache/*train*.json")
-        made = json.loads(index.read_text())
-        index.with_suffix(".journal").write_text("".join(json.dumps(row) + "\n" for row in [made["fingerprint"], *([s, n, label] for _, n, label, s in made["videos"])]))
+        index.with_suffix(".journal").write_text(index.read_text())
         def interrupted():
             """As if the preparation had been killed at its end: no index yet"""
             index.relative_to(home).unlink()

@@ -63,6 +63,7 @@ def predict(checkpoint, n=64):
     import torch
     from data import Videos, to_float
     from diffusion import load_diffusion
+    from sample import as_given
     from vqgan3d import psnr
     system = load_diffusion(checkpoint)
     frames, size, stride = system.clip
@@ -70,9 +71,9 @@ def predict(checkpoint, n=64):
     clips, labels = Videos(system.config.data, system.config.data_dir, "test", size, frames, stride).fixed(n)
     truth = to_float(clips)
     with torch.no_grad():
-        context = system.as_given(truth[:, :, :slot])
+        given = as_given(system, truth[:, :, :slot])
         for name, y in ("without the label", None), ("with it", labels):
-            video = system.decode(system.sample(range(n), y, 1.0, "dpm", 25, context=context))
+            video = system.decode(system.sample(range(n), y, 1.0, "dpm", 25, given=given))
             print(f"{n} clips, {slot} of {frames} frames given, {name}: PSNR of the rest {psnr(video[:, :, slot:], truth[:, :, slot:]):.2f} dB")
     still = truth[:, :, slot - 1:slot].expand(-1, -1, frames - slot, -1, -1)
     print(f"repeating the last given frame: {psnr(still, truth[:, :, slot:]):.2f} dB")

@@ -2,6 +2,7 @@
 
     python tests/speed.py --growth                      # seconds a clip against frames, size and batch, of the toy's networks
     python tests/speed.py --growth --preset sky         # of the full ones, for a GPU
+    python tests/speed.py --parts                       # FLOPs of each part of a step, and the share of the device's peak
     python tests/speed.py --clouds datasets/clouds      # 256 + 28 clips of drifting clouds, 16 x 64 x 64, to train on:
     python vqgan3d.py --data datasets/clouds --size 64 --width 32 --codes 2048 --perceptual 0 --gan 0 --feature 0 --batch_size 2 --steps 6500
 """
@@ -10,12 +11,14 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffusion, vqgan3d
-from data import to_float
+from data import SETS, to_float
 from vqgan3d import compiles, peak_memory, pick_device, psnr
 
 def seconds(f, device, repeats=3):
@@ -72,6 +75,47 @@ def growth(preset, compile, out):
     out.write_text(json.dumps(dict(device=str(device), torch=torch.__version__, threads=torch.get_num_threads(), preset=preset, compile=compile, rows=rows), indent=1))
     print(f"saved: {out}")
 
+def parts(preset, batch, out):
+    """What each network costs a clip: its FLOPs, its time, and what that is of the rate of a large matrix product (the peak in practice)."""
+    device, autocast = pick_device()
+    config = vqgan3d.Config(**{**vqgan3d.PRESETS[preset], "size": SETS[preset]["size"]})
+    vqgan = vqgan3d.VQGAN(config).to(device)
+    vqgan.quantizer.started.fill_(True)
+    disc = vqgan3d.Discriminator(config.frames, config.size, config.disc_width).to(device)
+    vgg = vqgan3d.VGG16().to(device).requires_grad_(False)                          # untrained weights cost the same
+    system = diffusion.System(diffusion.Config(**diffusion.PRESETS[preset]), vqgan, (config.frames, config.size, 1), None, device)
+    nn.init.normal_(system.unet.out[-1].weight)                                     # zeros would be counted, but are faster
+    x, z = torch.rand(batch, 3, config.frames, config.size, config.size, device=device) * 2 - 1, torch.randn(batch, *system.shape, device=device)
+    y, t = x.clone().requires_grad_(), torch.full((batch,), 500, device=device)
+    def stage1():
+        y, _, losses = vqgan(x)
+        (F.mse_loss(y, x) + sum(losses)).backward()
+    def no_grad(f):
+        with torch.no_grad():
+            f()
+    work = {"autoencoder, forward and backward": stage1,
+            "discriminator on video and reconstruction": lambda: (disc(x)[0] + disc(y)[0]).sum().backward(),
+            "VGG16 on one frame of each": lambda: vgg(x[:, :, 0], y[:, :, 0]).backward(),
+            "U-Net, forward and backward": lambda: system.unet(z, t).square().mean().backward(),
+            "U-Net, one denoising step": lambda: no_grad(lambda: system.unet(z, t)),
+            "decoder": lambda: no_grad(lambda: vqgan.decode(z))}
+    n, rows = 2048 if device.type == "cpu" else 8192, []
+    m = torch.randn(n, n, device=device)
+    def run(f):
+        with autocast():
+            f()
+    peak = 2 * n ** 3 / seconds(lambda: run(lambda: m @ m), device)
+    print(f"{preset} preset, batches of {batch}, {device}; a large matrix product reaches {peak / 1e9:.0f} GFLOP/s\n{'':<44}{'GFLOP a clip':>13}{'ms a clip':>11}{'GFLOP/s':>9}{'share':>7}")
+    for name, f in work.items():
+        with FlopCounterMode(display=False) as counter:
+            run(f)
+        flop, time_taken = counter.get_total_flops(), seconds(lambda: run(f), device)
+        rows.append(dict(part=name, gflop=flop / batch / 1e9, ms=time_taken / batch * 1e3, gflops=flop / time_taken / 1e9, share=flop / time_taken / peak))
+        print(f"{name:<44}{rows[-1]['gflop']:13.1f}{rows[-1]['ms']:11.1f}{rows[-1]['gflops']:9.0f}{rows[-1]['share']:7.0%}", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(dict(device=str(device), torch=torch.__version__, threads=torch.get_num_threads(), preset=preset, batch=batch, peak_gflops=peak / 1e9, rows=rows), indent=1))
+    print(f"saved: {out}")
+
 def clouds(n=284, frames=16, size=64, seed=0):
     """n clips of coloured clouds (noise of a falling spectrum) that drift and change: uint8 (n, frames, size, size, 3)"""
     rng = np.random.default_rng(seed)
@@ -105,12 +149,16 @@ def write_clouds(folder):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     parser.add_argument("--preset", default="toy")
+    parser.add_argument("--batch", type=int, default=4, help="clips at once, of --parts")
     parser.add_argument("--compile", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("runs/growth.json"))
+    parser.add_argument("--out", type=Path, help="the JSON; else runs/growth.json or runs/parts.json")
     parser.add_argument("--clouds", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     if args.clouds:
         write_clouds(args.clouds)
     if args.growth:
-        growth(args.preset, args.compile, args.out)
+        growth(args.preset, args.compile, args.out or Path("runs/growth.json"))
+    if args.parts:
+        parts(args.preset, args.batch, args.out or Path("runs/parts.json"))

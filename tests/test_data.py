@@ -83,18 +83,23 @@ def test_an_interrupted_preparation_goes_on_to_the_same_cache(tmp_path, clips, m
     cache = tmp_path / "b" / "cache"
     journal, frames = next(cache.glob("*.journal")), next(cache.glob("*.u8"))
     assert not list(cache.glob("*.json")) and not list(cache.glob("*.part"))
-    with journal.open("a") as f:
-        f.write('["spin/1')                                                # the power failed in the middle of a line ...
+    saved, total = journal.read_text(), len(data.load_index(whole)["videos"])
     with frames.open("ab") as f:
-        f.write(bytes(1000))                                               # ... and of a frame
-    for workers, again in ((2, 0), (0, len(data.load_index(whole)["videos"]))):
-        shutil.copy(journal, tmp_path / "journal")
-        resumed = data.prepare(clips, tmp_path / "b", "train", 16, workers=workers)
+        f.write(bytes(1000))                                               # the power failed in the middle of a frame
+    short = frames.read_bytes()[:999]                                      # a journal that promises more than there is; a damaged one
+    for text, content, workers, again in ((saved, frames.read_bytes(), 0, total - stop), (saved, short, 0, total), (saved[:-9], short, 0, total),
+                                          (saved, frames.read_bytes(), 2, None)):
+        journal.write_text(text)
+        frames.write_bytes(content)
+        calls.clear()
+        with monkeypatch.context() as m:
+            if again:
+                m.setattr(data, "decode", lambda job: calls.append(job) or decode(job))
+            resumed = data.prepare(clips, tmp_path / "b", "train", 16, workers=workers)
+        assert again is None or len(calls) == again
         assert resumed.read_bytes() == whole.read_bytes() and not journal.exists()
         assert resumed.with_suffix(".u8").read_bytes() == whole.with_suffix(".u8").read_bytes()
         resumed.unlink()
-        shutil.copy(tmp_path / "journal", journal)                         # next: a journal that promises more than there is
-        frames.write_bytes(frames.read_bytes()[:999])
 
 def test_a_cache_that_does_not_fit_is_made_again(tmp_path, clips):
     """A stale or damaged cache used in silence."""

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import diffusion
+import diffusion, sample
 from conftest import same
 from data import Videos
 from diffusion import SAMPLERS, Attention, Config, Diffusion, System, UNet, ddim, ddpm, guided, load_diffusion
@@ -258,20 +258,25 @@ def test_given_frames_stay_and_windows_follow_from_them(monkeypatch):
     seen, forward = [], system.unet.forward
     monkeypatch.setattr(system.unet, "forward", lambda x, t, label=None: seen.append((x.clone(), t)) or forward(x, t, label))
     labels = torch.tensor([0, 1, 1])
-    long = system.sample([5, 6, 7], labels, 1.0, "dpm", 4, length=7)                  # windows of 4, 4 + 2, 4 + 4 frames
+    context = lambda: torch.autocast("cpu", enabled=False)
+    draw = lambda seeds, labels, guidance, length: sample.sample_long(system, seeds, labels, guidance, "dpm", 4, context, length=length)
+    long = draw([5, 6, 7], labels, 1.0, 7)                                         # windows of 4, 4 + 2, 4 + 4 frames
     assert long.shape == (3, 3, 7, 8, 8) and len(seen) == 3 * 4
     assert torch.allclose(long[:, :, :4], system.sample([5, 6, 7], labels, 1.0, "dpm", 4), atol=1e-4)
     assert all((t == t[0, 0]).all() for x, t in seen[:4])
     for x, t in seen[4:8]:                                                         # the second window: two frames are given
         assert torch.equal(x[:, :, :2], long[:, :, 2:4]) and (t[:, :2] == 0).all() and (t[:, 2:] == t[0, 3]).all()
     seen.clear()
-    system.sample([5], labels[:1], 3.0, "dpm", 4, length=7)                            # guidance, two rows a sample, in the first window only
+    draw([5], labels[:1], 3.0, 7)                                                  # guidance, two rows a sample, in the first window only
     assert [len(x) for x, t in seen] == [2] * 4 + [1] * 8
-    one = system.sample([6], labels[1:2], 1.0, "dpm", 4, length=7)
-    assert torch.allclose(long[1:2], one, atol=1e-3)
-    context = torch.randn(1, 3, 1, 8, 8)
-    given = [system.sample([6], labels[1:2], 1.0, sampler, 4, context=context) for sampler in SAMPLERS]
-    assert all(g.shape == (1, 3, 4, 8, 8) and torch.equal(g[:, :, :1], context) for g in given)
+    assert torch.allclose(long[1:2], draw([6], labels[1:2], 1.0, 7), atol=1e-3)
+    start = torch.randn(1, 3, 1, 8, 8)
+    given = [system.sample([6], labels[1:2], 1.0, sampler, 4, given=start) for sampler in SAMPLERS]
+    assert all(g.shape == (1, 3, 4, 8, 8) and torch.equal(g[:, :, :1], start) for g in given)
+    seen.clear()
+    more = sample.sample_long(system, [6], labels[1:2], 3.0, "dpm", 4, context, context=start, length=5)   # windows of 1 + 3, then 2 + 2 frames
+    assert more.shape == (1, 3, 5, 8, 8) and torch.equal(more[:, :, :4], system.sample([6], labels[1:2], 1.0, "dpm", 4, given=start))
+    assert [(len(x), (t[0] == 0).sum()) for x, t in seen[:8]] == [(1, 1)] * 3 + [(1, 4)] + [(1, 2)] * 3 + [(1, 4)]
 
 def test_a_window_continues_what_the_encoder_makes_of_the_decoded_video(stage2, monkeypatch):
     """Generated latents given as they are; the wrong frames; latents that are not normalised, or of an encoder that saw the end."""
@@ -280,7 +285,8 @@ def test_a_window_continues_what_the_encoder_makes_of_the_decoded_video(stage2, 
     forward = system.unet.forward
     monkeypatch.setattr(system.unet, "forward", lambda x, t, label=None: seen.append(x.clone()) or forward(x, t, label))
     K = T // 2
-    z = system.sample([3, 4], torch.tensor([0, 0]) if system.classes else None, 1.0, "dpm", 2, length=T + 1)
+    context = lambda: torch.autocast("cpu", enabled=False)
+    z = sample.sample_long(system, [3, 4], torch.tensor([0, 0]) if system.classes else None, 1.0, "dpm", 2, context, length=T + 1)
     pixels = vqgan.decode(vqgan.quantize(z[:, :, :T] * system.std + system.mean)[0]).clamp(-1, 1)
     there_and_back = [*range((T - K) * slot, T * slot), *reversed(range((T - K) * slot, T * slot))]
     given = (vqgan.encode(pixels[:, :, there_and_back])[:, :, :K] - system.mean) / system.std

@@ -1,13 +1,13 @@
 """Stage 1: quantiser, losses, who learns from what, resuming, refusals. Each test names the bug that it would catch."""
-import json, math, signal, time
+import json, math, signal, time, types
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import diffusion, vqgan3d
+import diffusion, sample, vqgan3d
 from conftest import STAGE1, launch, same, script
-from vqgan3d import VQGAN, Config, Discriminator, Quantizer, from_patches, to_patches
+from vqgan3d import VQGAN, Config, Discriminator, Down, Quantizer, Up
 
 def tiny(**changes):
     torch.manual_seed(0)
@@ -29,8 +29,10 @@ def rows(path):
 def test_patches_are_cut_and_put_back():
     """Axes exchanged in one of the two directions, or in both, where a round trip would not show it."""
     x, p = torch.randn(2, 3, 4, 6, 8), (2, 3, 4)
-    y = to_patches(x, p)
-    assert y.shape == (2, 72, 2, 2, 2) and torch.equal(from_patches(y, p), x)
+    down, up = Down(3, 72, p), Up(72, 3, p)
+    down.proj = up.proj = torch.nn.Identity()
+    y = down(x)
+    assert y.shape == (2, 72, 2, 2, 2) and torch.equal(up(y), x)
     assert torch.equal(y[:, :, 1, 0, 1], x[:, :, 2:4, 0:3, 4:8].movedim(1, -1).flatten(1))
 
 @pytest.mark.parametrize("down", [(1, 4, 4), (4, 8, 8), (8, 2, 4), (1, 1, 1)])
@@ -42,7 +44,7 @@ def test_down_is_the_shape_of_the_latent(down):
     assert vqgan.decode(z).shape == (1, 3, 8, 16, 16)
 
 @pytest.mark.parametrize("down, blocks", [((4, 4, 4), 2), ((2, 8, 8), 1), ((1, 4, 4), 2)])
-def test_long_videos_are_decoded_without_seams(down, blocks):
+def test_long_videos_are_decoded_without_seams(down, blocks, monkeypatch):
     """A decoder fed with parts that are too short: every part begins with a jump."""
     torch.manual_seed(0)
     vqgan = VQGAN(Config(down=down, width=8, blocks=blocks, frames=4 * down[0], size=16)).eval()
@@ -51,9 +53,10 @@ def test_long_videos_are_decoded_without_seams(down, blocks):
     z = torch.randn(1, 6, 23, 16 // down[1], 16 // down[2])
     whole = vqgan.decode(z)
     assert whole.shape[2] == 23 * down[0]
-    assert torch.allclose(vqgan.decode_long(z, 5), whole, atol=1e-4)
-    vqgan.halo -= 1                                                                # and it is no wider than it must be
-    assert not torch.allclose(vqgan.decode_long(z, 5), whole, atol=1e-4)
+    system, (halo, rate) = types.SimpleNamespace(vqgan=vqgan, decode=vqgan.decode), sample.reach(vqgan.decoder)
+    assert rate == down[0] and torch.allclose(sample.decode_long(system, z, 5), whole, atol=1e-4)
+    monkeypatch.setattr(sample, "reach", lambda decoder: (halo - 1, rate))         # and it is no wider than it must be
+    assert not torch.allclose(sample.decode_long(system, z, 5), whole, atol=1e-4)
 
 def test_decoder_is_a_function_of_the_codes_alone():
     """Dropout, batch statistics or noise in the decoder; one video that leaks into the next of its batch."""
