@@ -422,12 +422,15 @@ class Videos:
 
     classes: list of names or None. len() counts the videos long enough; the others are counted and named at the start.
     """
-    def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1, flip=False):
+    def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1, flip=False, crop=0):
         if flip and data == "toy":
             raise UserError("--flip would turn right into left, and the toy's classes are directions: leave it off")
+        if crop > size:
+            raise UserError(f"--crop {crop} is larger than the videos, which are {size} x {size}: give a smaller one")
         path = prepare(data, data_dir, split, size, frames * stride)
         index = load_index(path)
         self.data, self.split, self.size, self.frames, self.stride, self.flip = data, split, size, frames, stride, flip
+        self.crop = crop or size
         self.classes, self.fingerprint, self.span = index["classes"], index["fingerprint"], (frames - 1) * stride + 1
         self.videos = [v for v in index["videos"] if v[1] >= self.span]
         short = [(v[3], f"too short: {v[1]} of {self.span} frames") for v in index["videos"] if v[1] < self.span]
@@ -445,11 +448,17 @@ class Videos:
         return self.map[first + start:first + start + self.span:self.stride], label
 
     def batch(self, n, rng):
-        """n random windows of random videos: uint8 tensor (n, T, H, W, 3), labels (n,). rng: a numpy Generator."""
-        clips, labels = np.empty((n, self.frames, self.size, self.size, 3), np.uint8), np.empty(n, np.int64)
+        """n random windows of random videos, of each a random square if there is a crop: uint8 tensor (n, T, H, W, 3), labels (n,).
+
+        rng: a numpy Generator.
+        """
+        side = self.crop
+        clips, labels = np.empty((n, self.frames, side, side, 3), np.uint8), np.empty(n, np.int64)
         for k in range(n):
             i = rng.integers(len(self.videos))
             clip, labels[k] = self.window(i, rng.integers(self.videos[i][1] - self.span + 1))
+            y, x = rng.integers(self.size - side + 1, size=2) if side < self.size else (0, 0)
+            clip = clip[:, y:y + side, x:x + side]
             clips[k] = clip[:, :, ::-1] if self.flip and rng.integers(2) else clip
         return torch.from_numpy(clips), torch.from_numpy(labels)
 

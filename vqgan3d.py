@@ -37,6 +37,7 @@ class Config:
     size: int = 128               # pixels a side
     frames: int = 16              # frames of a clip
     stride: int = 1               # source frames from one frame of a clip to the next
+    crop: int = 0                 # train on random squares of so many pixels a side, more of them for the same time; 0: on whole frames
     flip: bool = False            # mirror half of the training clips; never where a class means a direction
     # the network
     down: tuple = (4, 4, 4)       # downsampling in time, height and width: powers of two
@@ -187,9 +188,10 @@ class VQGAN(nn.Module):
         c = self.config = config
         if len(c.down) != 3 or any(d < 1 or d & (d - 1) for d in c.down):
             raise UserError(f"--down {','.join(map(str, c.down))}: three powers of two are wanted, as in 4,8,8")
-        if c.frames % c.down[0] or c.size % c.down[1] or c.size % c.down[2]:
-            raise UserError(f"{c.frames} frames of {c.size} x {c.size} cannot be divided by --down {','.join(map(str, c.down))}: "
-                            "change --frames, --size or --down")
+        for side in (c.size, c.crop or c.size):
+            if c.frames % c.down[0] or side % c.down[1] or side % c.down[2]:
+                raise UserError(f"{c.frames} frames of {side} x {side} cannot be divided by --down {','.join(map(str, c.down))}: "
+                                "change --frames, --size, --crop or --down")
         levels = max(1, int(math.log2(max(c.down))))
         # down (4, 8, 8) takes strides (1, 2, 2), (2, 2, 2), (2, 2, 2): time, which moves little, is halved last
         strides = [tuple(2 if d >= 2 ** (levels - i) else 1 for d in c.down) for i in range(levels)]
@@ -294,7 +296,7 @@ def main():
 
     # nets and optimisers
     vqgan = VQGAN(cfg).to(device)
-    disc = Discriminator(cfg.frames, cfg.size, cfg.disc_width).to(device) if cfg.gan or cfg.feature else None
+    disc = Discriminator(cfg.frames, cfg.crop or cfg.size, cfg.disc_width).to(device) if cfg.gan or cfg.feature else None
     vgg = cast_once(load_vgg(cfg.vgg).to(device), autocast) if cfg.perceptual else None
     opts = optimisers(vqgan, cfg.lr)
     disc_opt = adam(disc.parameters(), cfg.disc_lr, (0.5, 0.999)) if disc else None
@@ -306,7 +308,7 @@ def main():
     start = restore(learners, resume(path, cfg, MAY_CHANGE, log))
 
     with one_after_the_other():
-        train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.flip)
+        train = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.flip, cfg.crop)
         test = Videos(cfg.data, cfg.data_dir, "test", cfg.size, cfg.frames, cfg.stride)
     clips, mine = test.fixed(cfg.eval_clips)[0], parts(cfg.batch_size, cfg.accumulate)
     batches = ahead(lambda step: train.batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))[0], range(start, cfg.steps))

@@ -171,6 +171,20 @@ def test_flip_mirrors_whole_clips_and_never_a_direction(tmp_path):
     with pytest.raises(data.UserError, match="--flip would turn right into left"):
         data.Videos("toy", tmp_path, "train", 16, 8, flip=True)
 
+def test_crops_are_squares_from_everywhere(tmp_path):
+    """A square that jumps from frame to frame, height and width exchanged, edges that are never reached, evaluation on squares."""
+    folder = tmp_path / "v" / "clip"
+    folder.mkdir(parents=True)
+    for t in range(4):
+        iio.imwrite(folder / f"{t}.png", (np.arange(8)[None, :] + 10 * np.arange(8)[:, None] + 100 * (t % 2)).astype(np.uint8)[..., None].repeat(3, -1))
+    videos = data.Videos(tmp_path / "v", tmp_path, "train", 8, frames=4, crop=5)
+    whole, clips = videos.window(0)[0], videos.batch(200, np.random.default_rng(0))[0].numpy()
+    places = [divmod(int(c[0, 0, 0, 0]), 10) for c in clips]                            # (y, x) of the corner
+    assert all((c == whole[:, y:y + 5, x:x + 5]).all() for c, (y, x) in zip(clips, places)) and len(set(places)) == 16
+    assert videos.fixed(1)[0].shape == (1, 4, 8, 8, 3)
+    with pytest.raises(data.UserError, match="--crop 9 is larger"):
+        data.Videos(tmp_path / "v", tmp_path, "train", 8, frames=4, crop=9)
+
 # ---- bad input ----
 
 def test_bad_files_are_counted_and_named_and_the_rest_is_used(tmp_path, clips, main):

@@ -330,6 +330,14 @@ def test_the_term_that_broke_is_named_and_the_last_good_step_remains(stage1, mai
     assert main(vqgan3d, *stage1.flags, "--out", "run").code == 0
     same(vqgan3d.load(stage1.path), vqgan3d.load("run/vqgan.pt"))
 
+def test_training_on_crops(stage1, main):
+    """A discriminator made for whole frames, evaluation on squares, or a flag that is not looked at."""
+    assert main(vqgan3d, *stage1.flags, "--crop", 8, "--out", "run").code == 0
+    state = vqgan3d.load("run/vqgan.pt")
+    assert state["disc"]["head.weight"].shape != vqgan3d.load(stage1.path)["disc"]["head.weight"].shape
+    assert vqgan3d.load_vqgan("run/vqgan.pt").encode(torch.zeros(1, 3, 8, 16, 16)).shape[-1] == 4
+    assert rows(Path("run/vqgan.jsonl"))[-1]["psnr"] != rows(stage1.home / "run" / "vqgan.jsonl")[-1]["psnr"]
+
 def test_a_checkpoint_with_nan_in_any_network_is_not_written(tmp_path):
     """A discriminator that broke while it learnt alone: the losses of the autoencoder are fine, and the checkpoint is not."""
     state = dict(config={}, step=7, model=dict(w=torch.ones(2)), disc=dict(w=torch.tensor([1, math.nan])))
@@ -340,7 +348,7 @@ def test_a_checkpoint_with_nan_in_any_network_is_not_written(tmp_path):
 # ---- bad input ----
 
 @pytest.mark.parametrize("flags, words", [
-    ("--size 18", "18 x 18 cannot be divided by --down 2,4,4"), ("--frames 7", "7 frames"), ("--down 2,4", "three powers of two"),
+    ("--size 18", "18 x 18 cannot be divided by --down 2,4,4"), ("--crop 10", "10 x 10 cannot be divided"), ("--crop 32", "larger than the videos"), ("--frames 7", "7 frames"), ("--down 2,4", "three powers of two"),
     ("--down 2,3,4", "three powers of two"), ("--down 4,four,4", "invalid ints value"), ("--lr fast", "invalid float value: 'fast'"),
     ("--stepz 3", "did you mean --steps?"), ("--dtype half", "float32 or bfloat16"), ("--device tpu9", "Try --device cpu"),
     ("--data nowhere", "nor a folder")])
