@@ -4,7 +4,7 @@
     python tests/speed.py --growth --preset sky         # of the full ones, for a GPU
     python tests/speed.py --parts                       # FLOPs of each part of a step, and the share of the device's peak
     python tests/speed.py --clouds datasets/clouds      # 256 + 28 clips of drifting clouds, 16 x 64 x 64, to train on:
-    python vqgan3d.py --data datasets/clouds --size 64 --width 32 --codes 2048 --perceptual 0 --gan 0 --feature 0 --batch_size 2 --steps 6500
+    python vqgan3d.py --data datasets/clouds --size 64 --width 32 --codes 2048 --perceptual 0 --gan 0 --feature 0 --crop 32 --batch_size 8 --steps 1800
 """
 import argparse, json, math, sys, time
 from pathlib import Path
