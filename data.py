@@ -61,7 +61,7 @@ def run(main):
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
             raise
-        message = f"out of memory ({first_line(e)}): lower --batch_size, or compute the batch in parts with --accumulate 2"
+        message = f"out of memory ({first_line(e)}): lower --batch_size, or in training compute the batch in parts with --accumulate 2"
     sys.exit(f"error: {message}")
 
 def first_line(e):

@@ -11,7 +11,6 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -84,7 +83,6 @@ def parts(preset, batch, out):
     disc = vqgan3d.Discriminator(config.frames, config.size, config.disc_width).to(device)
     vgg = vqgan3d.VGG16().to(device).requires_grad_(False)                          # untrained weights cost the same
     system = diffusion.System(diffusion.Config(**diffusion.PRESETS[preset]), vqgan, (config.frames, config.size, 1), None, device)
-    nn.init.normal_(system.unet.out[-1].weight)                                     # zeros would be counted, but are faster
     x, z = torch.rand(batch, 3, config.frames, config.size, config.size, device=device) * 2 - 1, torch.randn(batch, *system.shape, device=device)
     y, t = x.clone().requires_grad_(), torch.full((batch,), 500, device=device)
     def stage1():
