@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SKY = {
-    "cpu": ("--width 32 --crop 64 --perceptual 0.03 --disc_width 16 --lr 3e-3 --batch_size 4 --steps 1500 --eval_every 500 --eval_clips 12",
+    "cpu": ("--width 32 --perceptual 0.03 --disc_width 16 --lr 3e-3 --batch_size 2 --steps 1500 --eval_every 500 --eval_clips 12",
             "--predict v --width 48 --blocks 1 --attention 256 --head_dim 48 --batch_size 8 --lr 4e-3 --ema 0.995 --latents 578 --steps 1500 --eval_every 500", 128),
     "gpu": ("--perceptual 0.03 --batch_size 16 --steps 5000 --eval_every 500", "--predict v --steps 20000 --latents 578 --ema 0.999 --eval_every 2000", 2048)}
 ACTIONS = {
