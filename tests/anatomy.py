@@ -9,7 +9,6 @@ where it was not: what detail made up by a GAN is worth lies between them. One s
 """
 import argparse, sys
 from pathlib import Path
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -35,6 +34,11 @@ def invented(x, generator, k=16, time=False):
     phase = torch.fft.fftn(torch.randn(B, H // k, W // k, 1, T if time else 1, k, k, generator=generator), dim=axes)
     tiles = torch.fft.ifftn(torch.fft.fftn(tiles, dim=axes) * phase / phase.abs(), dim=axes).real
     return tiles.permute(0, 3, 4, 1, 5, 2, 6).reshape(x.shape)
+
+def change(x, t):
+    """From one frame to the next, root mean square in grey levels: within a latent frame of t frames; where the next one begins"""
+    d, begins = x.diff(dim=2).mul(127.5).square().mean((0, 1, 3, 4)), torch.arange(1, x.shape[2]) % t == 0
+    return d[~begins].mean().sqrt().item(), d[begins].mean().sqrt().item()
 
 def variants(vqgan, x, generator):
     """name, clips like x, one after the other"""
@@ -71,11 +75,14 @@ def main():
     clips = Videos(c.data, c.data_dir, "test", c.size, c.frames, c.stride).fixed(args.n)[0]
     real, x = evaluate.i3d_logits(i3d, clips.numpy()), to_float(clips)
     energy = lambda v: (v - mean(v, (3, 1, 1))).square().mean().item() * 127.5 ** 2
-    print(f"{len(clips)} test windows of {c.data}; fast energy in squared grey levels, of the real clips {energy(x):.2f}\n{'':<50}{'PSNR':>7}{'rFVD':>8}{'fast energy':>13}")
+    tell = lambda name, psnr, rfvd, v: print(f"{name:<50}{psnr:>7}{rfvd:>8}{energy(v):>13.2f}" + "{:>8.2f}{:>8.2f}".format(*change(v, c.down[0])), flush=True)
+    print(f"{len(clips)} test windows of {c.data}; fast: its energy in squared grey levels; change: from frame to frame in grey levels, within a latent frame and between two\n"
+          f"{'':<50}{'PSNR':>7}{'rFVD':>8}{'fast energy':>13}{'change':>8}")
+    tell("real", "", "", x)
     for name, y in variants(vqgan, x, torch.Generator().manual_seed(0)):
         written = to_uint8(y)
         rfvd = evaluate.frechet_distance(real, evaluate.i3d_logits(i3d, written))
-        print(f"{name:<50}{psnr(x, y):>7.2f}{rfvd:>8.1f}{energy(to_float(torch.from_numpy(written))):>13.2f}", flush=True)
+        tell(name, f"{psnr(x, y):.2f}", f"{rfvd:.1f}", to_float(torch.from_numpy(written)))
 
 if __name__ == "__main__":
     main()
