@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
-from data import Videos, to_float, to_uint8
+from data import Videos, run, to_float, to_uint8
 from vqgan3d import load_vqgan, psnr
 
 def mean(x, kernel):
@@ -47,7 +47,8 @@ def variants(vqgan, x, generator):
     yield "as they are", y
     yield "of latents that were not quantised", torch.cat([vqgan.decode(v) for v in z])
     error = x - y
-    slow, fast, fine = mean(error, (3, 1, 1)), error - mean(error, (3, 1, 1)), error - mean(error, (1, 3, 3))
+    slow, fine = mean(error, (3, 1, 1)), error - mean(error, (1, 3, 3))
+    fast = error - slow
     yield "slow error mended", y + slow
     yield "fast error mended", y + fast
     yield "fine error mended", y + fine
@@ -75,7 +76,7 @@ def main():
     clips = Videos(c.data, c.data_dir, "test", c.size, c.frames, c.stride).fixed(args.n)[0]
     real, x = evaluate.i3d_logits(i3d, clips.numpy()), to_float(clips)
     energy = lambda v: (v - mean(v, (3, 1, 1))).square().mean().item() * 127.5 ** 2
-    tell = lambda name, psnr, rfvd, v: print(f"{name:<50}{psnr:>7}{rfvd:>8}{energy(v):>13.2f}" + "{:>8.2f}{:>8.2f}".format(*change(v, c.down[0])), flush=True)
+    tell = lambda name, decibels, rfvd, v: print(f"{name:<50}{decibels:>7}{rfvd:>8}{energy(v):>13.2f}" + "{:>8.2f}{:>8.2f}".format(*change(v, c.down[0])), flush=True)
     print(f"{len(clips)} test windows of {c.data}; fast: its energy in squared grey levels; change: from frame to frame in grey levels, within a latent frame and between two\n"
           f"{'':<50}{'PSNR':>7}{'rFVD':>8}{'fast energy':>13}{'change':>8}")
     tell("real", "", "", x)
@@ -85,4 +86,4 @@ def main():
         tell(name, f"{psnr(x, y):.2f}", f"{rfvd:.1f}", to_float(torch.from_numpy(written)))
 
 if __name__ == "__main__":
-    main()
+    run(main)

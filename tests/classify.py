@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import Videos, to_float
+from data import Videos, run, to_float
 
 def network(classes, width=16):
     """(B, 3, T, H, W) -> logits; it sees shades of grey at half the resolution, so neither colour nor grain can tell a class"""
@@ -71,4 +71,4 @@ def main():
         tell(f"{path}, guidance {protocol['guidance']:g}", guesses(np.load(path, mmap_mode="r")), np.array(protocol["labels"]))
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate
-from data import Videos, to_uint8
+from data import Videos, run, to_uint8
 from diffusion import load_diffusion
 from judge import accuracy
 from vqgan3d import cast_once, pick_device
@@ -77,4 +77,4 @@ def main():
                 print(f"{sampler:<9}{steps:>6}{guidance:>10g}{row['fvd']:>9.1f}{row['kvd']:>8.2f}{row['accuracy']:>8.1%}{row['seconds']:>11.3f}", flush=True)
 
 if __name__ == "__main__":
-    main()
+    run(main)
