@@ -1,53 +1,609 @@
-"""Videos in, batches out. The first room of the house: every other file takes its clips from here.
+"""Videos in, batches out; and, in the second half, what all scripts share.
 
-A set is decoded once into a cache, one flat file of uint8 frames per split, and a training batch is a handful of random
-windows cut from that memory map: nothing is decoded while a network trains, so nothing waits.
+A set is decoded once: each video becomes one file of uint8 frames in a cache. A training batch is a
+handful of random windows read from those files, so nothing is decoded while a network trains.
 
-    python data.py                                  # the toy set: generated in seconds, nothing to download
-    python data.py --data sky                       # Sky Timelapse, from datasets/sky_timelapse
-    python data.py --data ucf101                    # UCF-101, from datasets/UCF-101 and datasets/ucfTrainTestlist
+    python data.py                                  # the toy set: drawn in seconds, no download
+    python data.py --data sky                       # Sky Timelapse in datasets/sky_timelapse
+    python data.py --data ucf101                    # UCF-101 in datasets/UCF-101
     python data.py --data ~/my_videos --size 64     # any folder of videos, GIFs or frame folders
 
-Each prepares the cache (run it again after an interruption: it goes on where it stopped) and writes a preview GIF.
-Ranges: float (B, 3, T, H, W) in [-1, 1] inside the networks, uint8 (N, T, H, W, 3) everywhere outside.
+Each command prepares the cache and writes a preview GIF. It can be interrupted and run again.
+Videos are float (B, 3, T, H, W) in [-1, 1] inside the networks, uint8 (N, T, H, W, 3) outside.
 """
-import argparse, difflib, errno, hashlib, inspect, json, multiprocessing, os, re, shutil, sys, time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+import argparse
+import atexit
+import difflib
+import errno
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
+
 import imageio.v3 as iio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-VIDEO = {".mp4", ".avi", ".mov", ".webm", ".mkv", ".gif"}
-IMAGE = {".jpg", ".jpeg", ".png"}
-SETS = {                                       # what is true of a set, whatever is trained on it
+try:
+    import fcntl
+    import resource
+except ImportError:                      # Windows has neither: no lock, no peak memory on a CPU
+    fcntl = resource = None
+
+VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".webm", ".mkv", ".gif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+SETS = {                                 # properties of a set, whatever is trained on it
     "toy":    dict(frames=16, size=32, stride=1),
     "sky":    dict(frames=16, size=128, stride=1),
     "ucf101": dict(frames=16, size=128, stride=1),
 }
-WHERE = {                                      # what to say when there is no usable video
-    "sky": "expected {root}/sky_timelapse/sky_train/<clip>/.../*.jpg and sky_test/ likewise. Get it from the Hugging Face data "
-           "set maxin-cn/SkyTimelapse or Google Drive id 1xWLiU-MBGN7MrsFHQm4_yXmfHBsMbJQo, and unpack it there.",
-    "ucf101": "expected {root}/UCF-101/<Class>/*.avi and {root}/ucfTrainTestlist/trainlist01.txt. Get UCF101.rar (6.5 GB) and the "
-              "split lists at https://www.crcv.ucf.edu/data/UCF101.php, or UCF101_videos.zip (6,960,400,115 bytes, sha256 dabf56f5"
-              "73cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d) at https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",
-    "folder": "expected videos (mp4, avi, mov, webm, mkv, gif) or folders of JPEG/PNG frames in {root}; first-level folders that "
-              "hold them are classes; train/ and test/ folders, if both are there, are the splits.",
+EXPECTED = {                             # what an error says when there is no usable video
+    "sky": "expected {root}/sky_timelapse/sky_train/<clip>/.../*.jpg and sky_test/ likewise. "
+           "Get it from the Hugging Face data set maxin-cn/SkyTimelapse or Google Drive id "
+           "1xWLiU-MBGN7MrsFHQm4_yXmfHBsMbJQo, and unpack it there.",
+    "ucf101": "expected {root}/UCF-101/<Class>/*.avi and {root}/ucfTrainTestlist/trainlist01.txt. "
+              "Get UCF101.rar (6.5 GB) and the split lists at "
+              "https://www.crcv.ucf.edu/data/UCF101.php, or UCF101_videos.zip "
+              "(6,960,400,115 bytes, sha256 "
+              "dabf56f573cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d) at "
+              "https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",
+    "folder": "expected videos (mp4, avi, mov, webm, mkv, gif) or folders of JPEG/PNG frames in "
+              "{root}; first-level folders that hold them are classes; train/ and test/ folders, "
+              "if both are there, are the splits.",
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what every script shares: one-line errors, and a command line made of a dataclass
+# --------------------------------------------------------------------------------------------------
+# value ranges, and writing pictures
+
+def to_float(videos):
+    """uint8 (N, T, H, W, 3) tensor or array -> float32 (N, 3, T, H, W) in [-1, 1]"""
+    return torch.as_tensor(videos).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+
+def to_uint8(x):
+    """float (N, 3, T, H, W), clipped to [-1, 1] -> uint8 (N, T, H, W, 3) array"""
+    x = x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return x.permute(0, 2, 3, 4, 1).cpu().numpy()
+
+def save_grid(path, videos, columns=0, fps=8, zoom=0):
+    """Write uint8 videos (N, T, H, W, 3) side by side as a looping GIF, or an mp4 if path ends so.
+
+    columns 0: nearly as many as rows. zoom 0: small videos are enlarged.
+    """
+    N, T, H, W, _ = videos.shape
+    columns = columns or math.ceil(math.sqrt(N))
+    rows = math.ceil(N / columns)
+    if not zoom:
+        zoom = max(1, min(192 // H, 960 // (columns * W), 1200 // (rows * H)))
+    empty = rows * columns - N
+    tiles = np.pad(videos, ((0, empty), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
+    tiles = tiles.reshape(rows, columns, T, H + 1, W + 1, 3)      # a white line after each video
+    grid = tiles.transpose(2, 0, 3, 1, 4, 5).reshape(T, rows * (H + 1), columns * (W + 1), 3)
+    grid = grid[:, :-1, :-1]
+    grid = grid.repeat(zoom, 1).repeat(zoom, 2)
+    path = Path(path)
+    if path.suffix == ".mp4":
+        _, H, W, _ = grid.shape                                   # H.264 needs even sides
+        grid = np.pad(grid, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")
+        options = dict(plugin="pyav", codec="libx264", fps=fps)
+    else:
+        options = dict(plugin="pillow", duration=1000 // fps, loop=0)
+    encoded = iio.imwrite("<bytes>", grid, extension=path.suffix, **options)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encoded)
+
+# --------------------------------------------------------------------------------------------------
+# the toy set
+
+TOY_SHAPES = ("circle", "column", "bar")
+TOY_MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}     # (x, y)
+TOY_CLASSES = [f"{shape}-{motion}" for shape in TOY_SHAPES for motion in TOY_MOTIONS]
+TOY_SPLITS = {"train": (8192, 0), "test": (1024, 1)}                                # videos, seed
+
+def toy_distance(shape, dx, dy, radius):
+    """Signed distance in pixels, negative inside, of (dx, dy) from the centre to the outline."""
+    if shape == "circle":
+        return np.hypot(dx, dy) - radius
+    along, across = (dy, dx) if shape == "column" else (dx, dy)   # a rod with round ends
+    return np.hypot(across, np.maximum(np.abs(along) - radius, 0)) - 0.5 * radius
+
+def toy_labels(n, rng):
+    """int64 (n,), label = 4 * shape + motion: balanced, in random order."""
+    return rng.permutation(np.arange(n) % len(TOY_CLASSES))
+
+def toy_videos(n, frames=16, size=32, seed=0):
+    """n videos of one bright shape gliding over a dark gradient; class = shape x direction.
+
+    The world is a torus: what leaves on one side enters on the other, so a motion can go on for
+    ever. Colours, position and size are random, the speed is not. Edges are two pixels soft, so
+    that positions between pixels are visible.
+    Returns uint8 (n, frames, size, size, 3) and int64 labels (n,), the same for the same seed.
+    """
+    rng = np.random.default_rng(seed)
+    labels = toy_labels(n, rng)
+    videos = np.empty((n, frames, size, size, 3), np.uint8)
+    y, x = np.mgrid[:size, :size].astype(np.float32)                        # (H, W)
+    for i, label in enumerate(labels):
+        shape = TOY_SHAPES[label // 4]
+        motion = list(TOY_MOTIONS.values())[label % 4]
+        hue = rng.uniform(0, 6)                                             # HSV, full value
+        colour = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0.15, 1)
+        ground = rng.uniform(0.05, 0.45, (2, 3))                            # at the two ends
+        angle = rng.uniform(0, 2 * np.pi)
+        across, down = x / size - 0.5, y / size - 0.5
+        ramp = 0.5 + (np.cos(angle) * across + np.sin(angle) * down) / np.sqrt(2)
+        ground = ground[0] + (ground[1] - ground[0]) * ramp[..., None]      # (H, W, 3)
+        radius = size * rng.uniform(0.21, 0.25)
+        speed = size / 32                                                   # pixels a frame
+        anywhere = rng.uniform(0, 1, 2)
+        central = rng.uniform(0.38, 0.62, 2)
+        middle = size * np.where(motion, anywhere, central)                 # at half time
+        t = (np.arange(frames)[:, None, None] - frames / 2) * speed
+        dx = (x - middle[0] - motion[0] * t + size / 2) % size - size / 2   # (T, H, W)
+        dy = (y - middle[1] - motion[1] * t + size / 2) % size - size / 2
+        alpha = np.clip(0.5 - toy_distance(shape, dx, dy, radius) / 2, 0, 1)[..., None]
+        videos[i] = np.rint(255 * (ground + (colour - ground) * alpha))
+    return videos, labels
+
+def prepare_toy(folder, split, frames, size):
+    """Draw one split of the toy set into one .npy file -> its Videos"""
+    n, seed = TOY_SPLITS[split]
+    path = folder / f"toy7-{split}-{frames}x{size}.npy"
+    chunks = range(0, n, 256)
+    array = open_array(path, np.uint8)
+    if array is None or array.shape != (n, frames, size, size, 3):
+        check_disk(folder, n * frames * size * size * 3, f"toy {split}")
+        with replacing(path) as temporary:
+            array = new_array(temporary, np.uint8, (n, frames, size, size, 3))
+            for i in tqdm(chunks, desc=f"toy {split}", unit_scale=256, unit=" clips"):
+                array[i:i + 256] = toy_videos(256, frames, size, seed=(seed, i))[0]
+            array.flush()
+            del array
+    labels = [toy_labels(256, np.random.default_rng((seed, i))) for i in chunks]
+    labels = np.concatenate(labels).tolist()
+    return [Video(f"toy {i}", label, frames, path, i) for i, label in enumerate(labels)]
+
+# --------------------------------------------------------------------------------------------------
+# finding the videos of a set
+
+class Source(NamedTuple):
+    """A video before it is decoded."""
+    path: Path       # a video file, or a folder of frames
+    name: str        # its path inside the set
+    label: int       # number of its class; -1: none
+
+class Listing(NamedTuple):
+    """What was found of one split."""
+    sources: list    # of Source, in natural order of their names
+    skipped: list    # of (name, reason)
+    classes: list    # names, or None
+    held_out: bool   # is the split still to be divided into train and test?
+
+def natural_key(path):
+    """Sorts frame_10 after frame_9: digits compare as numbers, everything else as text."""
+    parts = re.split(r"(\d+)", str(path))
+    parts[1::2] = map(int, parts[1::2])
+    return parts
+
+def list_files(folder):
+    """The files of a folder in natural order, without hidden ones (.DS_Store, ._frame.jpg)."""
+    files = [f for f in Path(folder).iterdir() if f.is_file()]
+    files = [f for f in files if not f.name.startswith(".")]
+    return sorted(files, key=natural_key)
+
+def list_frames(folder):
+    """The frames in a folder, in natural order."""
+    return [f for f in list_files(folder) if f.suffix.lower() in IMAGE_SUFFIXES]
+
+def find_sources(root):
+    """All video files and frame folders below root.
+
+    Returns (list of paths, list of (path inside root, reason) of what was passed over).
+    """
+    sources, skipped = [], []
+    for folder, folders, _ in os.walk(root, followlinks=True):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        files = list_files(folder)
+        if any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
+            sources.append(Path(folder))
+        for file in files:
+            if file.suffix.lower() in VIDEO_SUFFIXES:
+                sources.append(file)
+            elif file.suffix.lower() not in IMAGE_SUFFIXES:
+                skipped.append((str(file.relative_to(root)), "not a video or image"))
+        if not files and not folders:
+            skipped.append((str(Path(folder).relative_to(root)), "empty folder"))
+    return sorted(sources, key=natural_key), skipped
+
+def list_sky(data_dir, split):
+    root = Path(data_dir) / "sky_timelapse" / f"sky_{split}"
+    paths, skipped = find_sources(root)
+    sources = [Source(p, f"sky_{split}/{p.relative_to(root)}", -1) for p in paths]
+    return Listing(sources, skipped, None, False)
+
+def list_ucf101(data_dir, split):
+    """UCF-101 by its official lists. Test lists carry no labels, so the folder tells the class.
+
+    Folders are compared without case: files of HandstandPushups are called v_HandStandPushups_*.
+    """
+    root, lists = Path(data_dir) / "UCF-101", Path(data_dir) / "ucfTrainTestlist"
+    class_list, split_list = lists / "classInd.txt", lists / f"{split}list01.txt"
+    if not class_list.is_file() or not split_list.is_file():
+        return Listing([], [], None, False)
+    numbered = {}
+    for line in class_list.read_text(errors="replace").splitlines():
+        words = line.split()                                      # "1 ApplyEyeMakeup"
+        if words and (len(words) != 2 or not words[0].isdigit()):
+            raise UserError(f"{class_list} must hold lines of a number and a class, not {line!r}: "
+                            f"fetch the split lists again. {expected('ucf101', data_dir)}")
+        if words:
+            numbered[int(words[0])] = words[1]
+    classes = [numbered[number] for number in sorted(numbered)]
+    label_of = {name.lower(): label for label, name in enumerate(classes)}
+    sources, skipped = [], []
+    for line in split_list.read_text(errors="replace").splitlines():
+        if not line.strip():
+            continue
+        name = line.split()[0]                                    # "Bend/v_Bend_g01_c01.avi 1"
+        label = label_of.get(name.split("/")[0].lower())
+        if label is None or ".." in Path(name).parts or not (root / name).is_file():
+            skipped.append((name, "listed, but not there"))
+        else:
+            sources.append(Source(root / name, name, label))
+    return Listing(sources, skipped, classes, False)
+
+def list_folder(data, split):
+    """Any folder. train/ and test/, if both are there, are the splits; first-level folders that
+    hold all the videos are the classes, counted alike in both splits."""
+    root = Path(data).expanduser()
+    if not root.is_dir():
+        raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder")
+    has_splits = (root / "train").is_dir() and (root / "test").is_dir()
+    class_root = root / "train" if has_splits else root
+    root = root / split if has_splits else root
+    paths, skipped = find_sources(root)
+    inside = [p.relative_to(root).parts for p in paths]
+    first = {parts[0] for parts in inside if len(parts) > 1}
+    classes = None
+    if len(first) > 1 and all(len(parts) > 1 for parts in inside):
+        if has_splits:
+            first = {f.name for f in class_root.iterdir() if f.is_dir() and f.name[0] != "."}
+        classes = sorted(first, key=natural_key)
+    sources = []
+    for path, parts in zip(paths, inside):
+        label = classes.index(parts[0]) if classes and parts[0] in classes else -1
+        name = str(Path(split, *parts)) if has_splits else str(Path(*parts))
+        sources.append(Source(path, name, label))
+    return Listing(sources, skipped, classes, not has_splits)
+
+def list_sources(data, data_dir, split):
+    """The Listing of one split of any set that has to be decoded."""
+    if data == "sky":
+        return list_sky(data_dir, split)
+    if data == "ucf101":
+        return list_ucf101(data_dir, split)
+    return list_folder(data, split)
+
+def expected(data, data_dir):
+    """The sentence of an error that says where the videos of a set must lie."""
+    root = Path(data_dir) if data in SETS else Path(data).expanduser()
+    return EXPECTED.get(data, EXPECTED["folder"]).format(root=root)
+
+# --------------------------------------------------------------------------------------------------
+# decoding, once, into the cache
+
+class Video(NamedTuple):
+    """A decoded video."""
+    name: str        # its path inside the set
+    label: int       # number of its class; -1: none
+    frames: int      # how many it has
+    path: Path       # the .npy file of its frames
+    index: int       # which video of that file it is; -1: the file is this video
+
+    def open(self):
+        """Its frames as a memory map, uint8 (frames, size, size, 3)"""
+        array = np.load(self.path, mmap_mode="r")
+        return array if self.index < 0 else array[self.index]
+
+def read_frames(path, size):
+    """Yield the frames of a video file, GIF or frame folder: uint8 (size, size, 3) each.
+
+    Raises UserError, whatever the decoder raised.
+    """
+    path, frame = Path(path), None
+    try:
+        if path.is_dir():
+            frames = (iio.imread(f, plugin="pillow", mode="RGB") for f in list_frames(path))
+        elif path.suffix.lower() == ".gif":
+            frames = iio.imiter(path, plugin="pillow", mode="RGB")
+        else:
+            frames = iio.imiter(path, plugin="pyav", format="rgb24")
+        for frame in frames:
+            yield resize_crop(frame, size)
+    except Exception as e:
+        raise UserError(f"cannot read {path}: {first_line(e)}")
+    if frame is None:
+        raise UserError(f"cannot read {path}: no frames in it")
+
+def read_video(path, size):
+    """All frames of a video file, GIF or frame folder: uint8 (T, size, size, 3)."""
+    return np.stack(list(read_frames(path, size)))
+
+def resize_crop(frame, size):
+    """uint8 (H, W, 3) -> (size, size, 3): short side resized with antialiasing, centre square."""
+    H, W, _ = frame.shape
+    if max(H, W) > 32 * min(H, W):                               # resized, it would fill the memory
+        raise ValueError(f"a frame of {W} x {H} pixels")
+    if min(H, W) != size:
+        short = min(H, W)
+        H, W = round(H * size / short), round(W * size / short)
+        x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)           # (3, H, W)
+        x = F.interpolate(x[None], (H, W), mode="bilinear", antialias=True)
+        frame = x[0].permute(1, 2, 0).numpy()
+    top, left = (H - size) // 2, (W - size) // 2
+    return np.ascontiguousarray(frame[top:top + size, left:left + size])
+
+def count_frames(path):
+    """Frames of a source without decoding it, for the disk estimate; 0 if it cannot be told."""
+    if path.is_dir():
+        return len(list_frames(path))
+    plugin = "pillow" if path.suffix.lower() == ".gif" else "pyav"
+    try:
+        return iio.improps(path, plugin=plugin).shape[0]
+    except Exception:                                             # decoding will say what is wrong
+        return 0
+
+def cache_folder(data, data_dir):
+    """<data_dir>/cache, or runs/<data>/cache where the data folder cannot be written."""
+    folder = Path(data_dir) / "cache"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass
+    if not os.access(f"{folder}/", os.W_OK):
+        folder = Path("runs") / run_name(data) / "cache"
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+def cache_path(folder, source, size):
+    """The cache file of a source. Its name holds all that determines its content: the path inside
+    the set, bytes, time of the last change (of a folder: of all its frames), and pixels a side."""
+    files = list_frames(source.path) if source.path.is_dir() else [source.path]
+    stats = [f.stat() for f in files]
+    total = sum(s.st_size for s in stats)
+    newest = max(s.st_mtime_ns for s in stats)
+    key = f"{source.name}|{len(files)}|{total}|{newest}|{size}"
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', source.path.stem)[-40:]}-{size}-{digest}.npy"
+
+def count_cached(path, size):
+    """How many frames a cache file holds; 0 if it is absent or damaged."""
+    array = open_array(path, np.uint8)
+    if array is None or array.shape[1:] != (size, size, 3):
+        return 0
+    return len(array)
+
+def decode(source, path, size):
+    """Decode a source into its cache file -> "", or what is wrong with it.
+
+    The frames are written one by one, so a long video needs no memory. Their number is known at
+    the end, when the header is written again; numpy leaves room in it for a first axis that grows.
+    """
+    try:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            def write_header(count):
+                shape = (count, size, size, 3)
+                header = dict(descr="|u1", fortran_order=False, shape=shape)
+                np.lib.format.write_array_header_1_0(file, header)
+            write_header(0)
+            count = 0
+            for frame in read_frames(source.path, size):
+                file.write(frame)
+                count += 1
+            file.seek(0)
+            write_header(count)
+    except UserError as e:
+        return str(e).replace(f"cannot read {source.path}", "unreadable")
+    return ""
+
+def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
+    """Decode one split into the cache, if it is not there yet.
+
+    Returns (list of Video, classes or None, whether the split is still to be divided into train
+    and test). Videos that cannot be read are counted and named. The cache holds one .npy file a
+    video, written under another name and then renamed: a file that exists is a finished one. So
+    an interrupted preparation goes on, several processes may prepare the same set at once, a
+    changed or added video is decoded, and all the others are not decoded again.
+    """
+    name = run_name(data)
+    folder = cache_folder(data, data_dir)
+    if data == "toy":
+        return prepare_toy(folder, split, frames, size), TOY_CLASSES, False
+    if data not in SETS:                                          # folders of one name differ
+        root = str(Path(data).expanduser().resolve())
+        name += "-" + hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+    folder = folder / name
+    folder.mkdir(exist_ok=True)
+    listing = list_sources(data, data_dir, split)
+    sources, skipped = listing.sources, list(listing.skipped)
+    paths = [cache_path(folder, source, size) for source in sources]
+    frames = [count_cached(path, size) for path in paths]
+    missing = [i for i, count in enumerate(frames) if not count]
+    if missing:
+        estimate_disk(folder, [sources[i].path for i in missing], size, f"{name} {split}")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:          # decoders release the GIL
+            jobs = [pool.submit(decode, sources[i], paths[i], size) for i in missing]
+            try:
+                bar = tqdm(jobs, desc=f"{name} {split}", unit=" videos")
+                for job, i in zip(bar, missing):
+                    wrong = job.result()
+                    if wrong:
+                        skipped.append((sources[i].name, wrong))
+                    else:
+                        frames[i] = count_cached(paths[i], size)
+            finally:
+                pool.shutdown(cancel_futures=True)
+    report_skipped(f"{name} {split}", skipped)
+    videos = []
+    for source, path, count in zip(sources, paths, frames):
+        if count:
+            videos.append(Video(source.name, source.label, count, path, -1))
+    if not videos:
+        raise UserError(f"no usable video for --data {data} ({split} split): "
+                        f"{expected(data, data_dir)}")
+    return videos, listing.classes, listing.held_out
+
+def estimate_disk(folder, paths, size, what):
+    """check_disk() for videos that are to be decoded; the frames of 64 of them are counted."""
+    some = paths[::max(1, len(paths) // 64)]
+    frames = sum(count_frames(path) for path in some) / len(some)
+    check_disk(folder, frames * len(paths) * size * size * 3, what)
+
+def check_disk(folder, need, what):
+    """Say how many bytes are going to be written; UserError if the disk has not so many."""
+    free = shutil.disk_usage(folder).free
+    print(f"{what}: about {need / 1e9:.2f} GB to write to {folder}, {free / 1e9:.1f} GB free")
+    if need > free:
+        raise UserError(f"not enough disk for {what} in {folder}: about {need / 1e9:.2f} GB "
+                        f"needed, {free / 1e9:.2f} GB free; free some, lower --size, or choose "
+                        "another --data_dir")
+
+def report_skipped(what, skipped):
+    """Count and name the videos that are not used, by reason. skipped: (name, "reason: more")"""
+    by_reason = {}
+    for name, reason in skipped:
+        kind, _, more = reason.partition(": ")
+        by_reason.setdefault(kind, []).append(f"{name} ({more})" if more else name)
+    for kind, names in sorted(by_reason.items()):
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        print(f"{what}: skipped {len(names)} {kind}: {', '.join(names[:8])}{more}")
+
+# --------------------------------------------------------------------------------------------------
+# batches
+
+def hold_out(videos, split):
+    """Train or test part of a set that has no splits of its own.
+
+    A tenth is held out, chosen by a hash of each name, so that adding a video moves no other. A
+    small set whose hashes choose none gives the one with the lowest; a single video is both.
+    """
+    def fraction(video):
+        name = Path(video.name).as_posix().encode(errors="surrogateescape")
+        return int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2 ** 32
+    if len(videos) == 1:
+        return videos
+    limit = max(0.1, min(map(fraction, videos)) + 1e-9)
+    return [v for v in videos if (fraction(v) < limit) == (split == "test")]
+
+class Videos:
+    """One split: windows of `frames` frames that lie `stride` frames of the video apart.
+
+    classes: list of names, or None. Videos too short for one window are counted and named.
+    flip mirrors half of the training clips; crop cuts random squares of that many pixels.
+    """
+    def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1,
+                 flip=False, crop=0):
+        if flip and data == "toy":
+            raise UserError("--flip would turn right into left, and the toy's classes are "
+                            "directions: leave it off")
+        if crop > size:
+            raise UserError(f"--crop {crop} is larger than the videos, which are {size} x {size}: "
+                            "give a smaller one")
+        self.data, self.split = data, split
+        self.size, self.frames, self.stride = size, frames, stride
+        self.flip, self.crop = flip, crop or size
+        self.span = (frames - 1) * stride + 1                     # frames from first to last
+        found, self.classes, held_out = prepare(data, data_dir, split, size, frames * stride)
+        self.videos = [v for v in found if v.frames >= self.span]
+        short = [(v.name, f"too short: {v.frames} of {self.span} frames") for v in found
+                 if v.frames < self.span]
+        report_skipped(f"{run_name(data)} {split}", short)
+        if held_out:
+            self.videos = hold_out(self.videos, split)
+        if not self.videos:
+            raise UserError(f"no video of --data {data} ({split} split) has the {self.span} frames "
+                            f"that --frames {frames} --stride {stride} need: lower them")
+        rows = "".join(f"{v.path.name} {v.index} {v.label}\n" for v in self.videos)
+        self.fingerprint = hashlib.sha256(rows.encode()).hexdigest()
+
+    def __len__(self):
+        return len(self.videos)
+
+    def num_windows(self, i):
+        """How many windows video i has."""
+        return self.videos[i].frames - self.span + 1
+
+    def window(self, i, start=0):
+        """Frames start, start + stride, ... of video i: uint8 (T, H, W, 3)."""
+        return self.videos[i].open()[start:start + self.span:self.stride]
+
+    def batch(self, n, rng):
+        """n random windows of random videos: uint8 tensor (n, T, H, W, 3), labels (n,).
+
+        rng: a numpy Generator.
+        """
+        side = self.crop
+        clips = np.empty((n, self.frames, side, side, 3), np.uint8)
+        labels = np.empty(n, np.int64)
+        for k in range(n):
+            i = rng.integers(len(self.videos))
+            clip = self.window(i, rng.integers(self.num_windows(i)))
+            if side < self.size:
+                y, x = rng.integers(self.size - side + 1, size=2)
+                clip = clip[:, y:y + side, x:x + side]
+            if self.flip and rng.integers(2):
+                clip = clip[:, :, ::-1]
+            clips[k], labels[k] = clip, self.videos[i].label
+        return torch.from_numpy(clips), torch.from_numpy(labels)
+
+    def draw(self, n, rng, among=None):
+        """n random windows, every video once before any twice: a list of (video, start).
+
+        among: the videos to draw from; all of them by default.
+        """
+        among = np.arange(len(self)) if among is None else among
+        rounds = [rng.permutation(among) for _ in range(math.ceil(n / len(among)))]
+        order = np.concatenate(rounds)[:n]
+        return [(i, int(rng.integers(self.num_windows(i)))) for i in order.tolist()]
+
+    def fixed(self, n):
+        """As batch(), but the same n windows every time, spread evenly over the videos."""
+        clips, labels = [], []
+        for k in range(n):
+            i = k * len(self) // n if n <= len(self) else k % len(self)
+            rounds = max(1, (n - 1) // len(self))                 # windows of one video, less one
+            start = (self.num_windows(i) - 1) * (k // len(self)) // rounds
+            clips.append(self.window(i, start))
+            labels.append(self.videos[i].label)
+        return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
+
+# --------------------------------------------------------------------------------------------------
+# What all scripts share, and nothing about videos: errors, flags, device, processes, training runs.
+# Skip it at first reading; main() is at the end of the file.
 
 class UserError(Exception):
-    """Something the user can mend; the message says what is wrong, where, and how."""
+    """An error that the user can fix; the message says what is wrong, where, and how to fix it."""
 
-def run(main):
-    """Call main(), and end every failure a user can cause in one line on stderr and exit status 1."""
+def run_main(main):
+    """Call main(). Every failure that a user can cause ends in one line on stderr and status 1."""
+    if RANK:
+        sys.stdout = open(os.devnull, "w")                        # process 0 prints for all
     try:
         return main()
     except UserError as e:
@@ -55,422 +611,429 @@ def run(main):
     except KeyboardInterrupt:
         message = "interrupted; the same command goes on from here"
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG):
+        full_or_forbidden = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG
+        if e.errno not in full_or_forbidden:
             raise
-        message = f"cannot write {e.filename or ''}: {e.strerror}. Free some space or choose another folder, then run the same command again"
+        message = (f"cannot write {e.filename or ''}: {e.strerror}. Free some space or choose "
+                   "another folder, then run the same command again")
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "DefaultCPUAllocator" not in str(e):
+        known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
+        if not known and "DefaultCPUAllocator" not in str(e):
             raise
-        message = f"out of memory ({first_line(e)}): lower --batch_size, or in training compute the batch in parts with --accumulate 2"
+        message = (f"out of memory ({first_line(e)}): lower --batch_size, or in training compute "
+                   "the batch in parts with --grad_accum_steps 2")
     sys.exit(f"error: {message}")
 
 def first_line(e):
-    """The beginning of what an exception says, in one line."""
+    """The beginning of an exception's message, in one line."""
     return (" ".join(str(e).split()) or type(e).__name__)[:120]
 
-def parse(Config, presets={}, argv=None):
-    """The command line of a Config dataclass: default < the set's own facts < preset of --data < flag.
+# ---- flags ----
 
-    Each field is a flag, and the comment beside it is its help. Prints what differs from the defaults. Unknown flags and
-    wrong types end in one line.
-    """
-    def error(message):
+class FlagParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag ends in one line that names the nearest right one."""
+    def error(self, message):
+        flags = re.findall(r"--\w+", self.format_usage())
         unknown = re.search(r"unrecognized arguments: (\S+)", message)
-        close = unknown and difflib.get_close_matches(unknown[1], [f"--{k}" for k in defaults], 1)
-        sys.exit(f"error: {message}{f' (did you mean {close[0]}?)' if close else ''}; --help lists the flags")
-    defaults, help = vars(Config()), dict(re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = error
-    for k, default in defaults.items():
-        kind = ints if isinstance(default, tuple) else type(default)
-        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind, metavar=kind.__name__.upper())
-        parser.add_argument(f"--{k}", help=f"{help.get(k, '')} [{default}]".replace("%", "%%"), **how)
-    flags = vars(parser.parse_args(argv))
-    for k, v in flags.items():
-        least = 0 if isinstance(v, float) or defaults[k] == 0 or k in ("latents", "grid") else 1        # where 0 has a meaning
-        if type(v) in (int, float) and not v >= least:
-            error(f"argument --{k}: {v} is too small")
-    name = run_name(flags.get("data", Config.data))                                      # so a folder of your own can have a preset
-    preset = {**defaults, **SETS.get(name, {}), **presets.get(name, {})}
-    for k, v in flags.items():
-        print(f"  --{k} {v}   (instead of {preset[k]})")
-    return Config(**{k: flags.get(k, preset[k]) for k in defaults})
+        close = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        sys.exit(f"error: {message}{hint}; --help lists the flags")
 
 def ints(text):
     """"4,4,4" or "4x4x4" -> (4, 4, 4)"""
     return tuple(int(v) for v in text.replace("x", ",").split(","))
 
+def parse_flags(Config, presets={}, argv=None):
+    """The command line of a Config dataclass: each field is a flag, the comment beside it its help.
+
+    A value comes from the flag, else from the preset of --data, else from SETS, else it is the
+    default. Prints the flags given. What is wrong with them is said in one line.
+    """
+    defaults = vars(Config())
+    comments = re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M)
+    comments = dict(comments)
+    parser = FlagParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                        argument_default=argparse.SUPPRESS,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        help = f"{comments.get(name, '')} [{default}]".replace("%", "%%")
+        if isinstance(default, bool):
+            parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help)
+        else:
+            kind = ints if isinstance(default, tuple) else type(default)
+            metavar = kind.__name__.upper()
+            parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=help)
+    flags = vars(parser.parse_args(argv))
+    set_name = run_name(flags.get("data", Config.data))           # a folder can have a preset too
+    values = {**defaults, **SETS.get(set_name, {}), **presets.get(set_name, {})}
+    for name, value in flags.items():
+        zero_is_fine = isinstance(value, float) or defaults[name] == 0 or name in MAY_BE_ZERO
+        if type(value) in (int, float) and not value >= (0 if zero_is_fine else 1):
+            parser.error(f"argument --{name}: {value} is too small")
+        if isinstance(value, str) and value.startswith("~"):
+            flags[name] = os.path.expanduser(value)
+        print(f"  --{name} {value}   (instead of {values.get(name)})")
+    return Config(**{name: flags.get(name, values[name]) for name in defaults})
+
+MAY_BE_ZERO = ("num_latents", "grid")
+
 def run_name(data):
-    """The folder name of a set under runs/ and in the cache: toy, sky, ucf101, or the last part of a path."""
+    """The name of a set in runs/ and in the cache: toy, sky, ucf101, or a path's last part."""
     return data if data in SETS else Path(data).expanduser().resolve().name
 
-# ----------------------------------------------------------------------------------------------------------------------
-# ranges, and writing pictures
+# ---- device and processes ----
 
-def to_float(videos):
-    """uint8 (N, T, H, W, 3) tensor or array -> float32 (N, 3, T, H, W) in [-1, 1]"""
-    return torch.as_tensor(videos).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+# torchrun starts several processes and gives each its number; without it there is one
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-def to_uint8(x):
-    """float (N, 3, T, H, W) in [-1, 1], clipped -> uint8 (N, T, H, W, 3) array"""
-    return x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
+def has_native_bf16(device):
+    """Does the hardware multiply bfloat16? GPUs since 2020, CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        names = "_is_amx_tile_supported", "_is_avx512_bf16_supported"
+        return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+    return False
 
-def save_grid(path, videos, columns=0, fps=8, zoom=0):
-    """Write uint8 videos (N, T, H, W, 3) as one looping GIF, or an mp4 if the path ends so; small ones are enlarged."""
-    N, T, H, W, _ = videos.shape
-    columns = columns or int(np.ceil(np.sqrt(N)))
-    rows = -(-N // columns)
-    zoom = zoom or max(1, min(192 // H, 960 // (columns * W), 1200 // (rows * H)))
-    tiles = np.pad(videos, ((0, rows * columns - N), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)   # a white pixel between
-    grid = tiles.reshape(rows, columns, T, H + 1, W + 1, 3).transpose(2, 0, 3, 1, 4, 5).reshape(T, rows * (H + 1), columns * (W + 1), 3)
-    grid = grid[:, :-1, :-1].repeat(zoom, 1).repeat(zoom, 2)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    how = dict(plugin="pillow", duration=1000 // fps, loop=0)
-    if path.suffix == ".mp4":
-        how = dict(plugin="pyav", codec="libx264", fps=fps)
-        grid = np.pad(grid, ((0, 0), (0, grid.shape[1] % 2), (0, grid.shape[2] % 2), (0, 0)), "edge")   # H.264 wants even sides
-    path.write_bytes(iio.imwrite("<bytes>", grid, extension=path.suffix, **how))         # in one go: a full disk is one error
+def pick_device(device="auto", dtype="auto"):
+    """-> torch.device, and a function that opens an autocast context of the dtype.
+
+    Open one for each forward pass: autocast keeps the weights that it has cast until it closes,
+    and they are stale once the optimiser has stepped.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: must be auto, float32 or bfloat16")
+    if device == "auto":
+        device = "cpu"
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available():
+            device = "mps"
+    if device == "cuda" and WORLD > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {device} cannot be used: {first_line(e)}. Try --device cpu")
+    use_bf16 = dtype == "bfloat16" or (dtype == "auto" and has_native_bf16(device))
+    def autocast():
+        return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+    return device, autocast
+
+def start_processes(device):
+    """Connect the processes that torchrun started. The others may wait long while one decodes."""
+    if WORLD > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+        atexit.register(dist.destroy_process_group)
+
+@contextmanager
+def main_process_first():
+    """Process 0 runs the body before the others, so that they find on disk what it leaves there."""
+    if RANK:
+        wait_for_all()
+    yield
+    if not RANK:
+        wait_for_all()
+
+def wait_for_all():
+    """Go on when all processes have come here."""
+    if WORLD > 1:
+        dist.barrier()
+
+def all_reduce_sum(x):
+    """The sum of x over all processes, in place; no gradient flows through it."""
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
+
+def average_gradients(*modules):
+    """Replace each gradient by its mean over the processes, all of them in one message."""
+    if WORLD == 1:
+        return
+    grads = []
+    for module in filter(None, modules):
+        grads += [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    means = (flat / WORLD).split([g.numel() for g in grads])
+    for g, mean in zip(grads, means):
+        g.copy_(mean.view_as(g))
+
+def micro_batches(batch_size, grad_accum_steps):
+    """Slices of a batch: this process's share, in grad_accum_steps parts."""
+    size, rest = divmod(batch_size, WORLD * grad_accum_steps)
+    if rest:
+        raise UserError(f"--batch_size {batch_size} cannot be divided among {WORLD} process(es) x "
+                        f"--grad_accum_steps {grad_accum_steps}")
+    first = RANK * grad_accum_steps
+    return [slice(i * size, (i + 1) * size) for i in range(first, first + grad_accum_steps)]
+
+def can_compile(flag, device):
+    """Should torch.compile be used? As --compile says, if a trial shows a compiler that works."""
+    if flag not in ("auto", "on", "off"):
+        raise UserError(f"--compile {flag}: must be auto, on or off")
+    if flag == "off" or (flag == "auto" and device.type != "cuda"):
+        return False
+    try:
+        trial = torch.compile(lambda x: x.sin() + 1, mode="reduce-overhead")
+        for _ in range(3):                                        # CUDA graphs begin at the third
+            trial(torch.ones(8, device=device))
+    except Exception as e:                                        # no C compiler, no Triton
+        print(f"torch.compile does not work here ({first_line(e)}): going on without")
+        return False
+    torch._dynamo.config.suppress_errors = True          # what cannot be compiled runs as it is
+    torch._dynamo.config.cache_size_limit = 64           # shapes and modes of one network
+    torch._functorch.config.donated_buffer = False       # the discriminator has two backward passes
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a .functools.lru_cache")
+    return True
+
+def cast_weights(module, autocast):
+    """Cast a frozen network's kernels and matrices once, as autocast would at every call."""
+    device = next(module.parameters()).device.type
+    with autocast():
+        if torch.is_autocast_enabled(device):
+            for m in module.modules():
+                if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear)):
+                    m.to(torch.get_autocast_dtype(device))
+    return module
+
+def peak_memory(device):
+    """Peak memory in GB: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    if resource is None:
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+# ---- files that are never half written ----
+
+@contextmanager
+def replacing(path):
+    """A temporary path to write to; it gets the name `path` if the body ends without an error."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 def new_array(path, dtype, shape):
-    """An .npy file as a memory map to write to, its space on disk really taken: a disk that is full says so here, where it is
-    an error of one line, and not at some later write into the map, where it would be a bus error."""
+    """An .npy file as a memory map to write to, its disk space reserved: a full disk is an error
+    here, of one line, and not a bus error when the map is written."""
     array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):                                                   # not on macOS
+    if hasattr(os, "posix_fallocate"):                            # not on macOS
         with open(path, "r+b") as f:
             os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
     return array
 
-# ----------------------------------------------------------------------------------------------------------------------
-# the toy set
-
-SHAPES, MOTIONS = ("circle", "column", "bar"), {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
-TOY_CLASSES = [f"{shape}-{motion}" for shape in SHAPES for motion in MOTIONS]
-
-def toy_distance(shape, dx, dy, radius):
-    """Signed distance in pixels, negative inside, of points (dx, dy) from the centre to the outline of a shape."""
-    if shape == "circle":
-        return np.hypot(dx, dy) - radius
-    along, across = (dy, dx) if shape == "column" else (dx, dy)                          # a rod with round ends, upright or lying
-    return np.hypot(across, np.maximum(np.abs(along) - radius, 0)) - 0.5 * radius
-
-def toy_videos(n, frames=16, size=32, seed=0):
-    """n videos of one bright shape gliding over a dark gradient; class = shape x direction of motion.
-
-    The world is a torus: what leaves on one side enters on the other, so a motion can go on for ever. Colours, place and size
-    are random, the speed is not; edges are two pixels soft, so that sub-pixel places show. Returns uint8 (n, frames, size, size, 3)
-    and int64 labels (n,), label = 4 * shape + motion; balanced, in random order, the same for the same seed.
-    """
-    rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n) % len(TOY_CLASSES))
-    videos = np.empty((n, frames, size, size, 3), np.uint8)
-    y, x = np.mgrid[:size, :size].astype(np.float32)                                     # (H, W)
-    for i, label in enumerate(labels):
-        shape, motion = SHAPES[label // 4], list(MOTIONS.values())[label % 4]
-        hue = rng.uniform(0, 6)
-        colour = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0.15, 1)        # HSV's hue wheel at full value
-        ground, angle = rng.uniform(0.05, 0.45, (2, 3)), rng.uniform(0, 2 * np.pi)
-        ramp = 0.5 + (np.cos(angle) * (x / size - 0.5) + np.sin(angle) * (y / size - 0.5)) / np.sqrt(2)
-        ground = ground[0] + (ground[1] - ground[0]) * ramp[..., None]                   # (H, W, 3)
-        radius, speed = size * rng.uniform(0.21, 0.25), size / 32                        # half way round the world in 16 frames
-        place = size * np.where(motion, rng.uniform(0, 1, 2), rng.uniform(0.38, 0.62, 2))   # in the middle of the clip
-        t = (np.arange(frames)[:, None, None] - frames / 2) * speed
-        dx = (x - place[0] - motion[0] * t + size / 2) % size - size / 2                 # (T, H, W) from the centre, on the torus
-        dy = (y - place[1] - motion[1] * t + size / 2) % size - size / 2
-        cover = np.clip(0.5 - toy_distance(shape, dx, dy, radius) / 2, 0, 1)[..., None]  # (T, H, W, 1), an edge two pixels wide
-        videos[i] = np.rint(255 * (ground + (colour - ground) * cover))
-    return videos, labels
-
-# ----------------------------------------------------------------------------------------------------------------------
-# finding the videos of a set
-
-def find(root):
-    """All videos and frame folders below root: sorted paths, and what was passed over as (relative path, reason)."""
-    sources, skipped = [], []
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        kinds = {Path(folder, f): Path(f).suffix.lower() for f in sorted(files) if not f.startswith(".")}
-        sources += [f for f, kind in kinds.items() if kind in VIDEO] + [Path(folder)] * any(kind in IMAGE for kind in kinds.values())
-        skipped += [(str(f.relative_to(root)), "not a video or image") for f, kind in kinds.items() if kind not in VIDEO | IMAGE]
-        if not kinds and not folders:
-            skipped.append((str(Path(folder).relative_to(root)), "empty folder"))
-    return sorted(sources), skipped
-
-def scan(data, data_dir, split):
-    """The sources of one split: (root, [(path, label)], skipped [(path, reason)], classes or None)."""
-    if data == "sky":
-        root = Path(data_dir) / "sky_timelapse" / f"sky_{split}"
-        sources, skipped = find(root)
-        return root, [(s, -1) for s in sources], skipped, None
-    if data == "ucf101":
-        root, lists, sources, skipped = Path(data_dir) / "UCF-101", Path(data_dir) / "ucfTrainTestlist", [], []
-        if not ((lists / f"{split}list01.txt").is_file() and (lists / "classInd.txt").is_file()):
-            return root, [], [], None
-        read = lambda f: [line.split() for line in (lists / f).read_text(errors="replace").splitlines() if line.strip()]
-        rows = read("classInd.txt")                                                      # "1 ApplyEyeMakeup": counts from 1
-        if any(len(r) != 2 or not r[0].isdigit() for r in rows):
-            raise UserError(f"{lists / 'classInd.txt'} is not a list of 'number class' lines: fetch the split lists again. " + where(data, data_dir))
-        classes = [name for _, name in sorted(rows, key=lambda r: int(r[0]))]
-        index = {name.lower(): i for i, name in enumerate(classes)}                      # HandstandPushups / HandStandPushups
-        for path, *_ in read(f"{split}list01.txt"):                                      # test lists carry no labels: the folder tells
-            label = index.get(path.split("/")[0].lower())
-            good = label is not None and ".." not in Path(path).parts and (root / path).is_file()
-            sources.append((root / path, label)) if good else skipped.append((path, "listed, but not there"))
-        return root, sources, skipped, classes
-    root = Path(data).expanduser()
-    if not root.is_dir():
-        raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder")
-    train = root / "train" if (root / "train").is_dir() and (root / "test").is_dir() else None
-    root = root / split if train else root
-    sources, skipped = find(root)
-    inside, classes = [s.relative_to(root).parts for s in sources], None
-    if all(len(p) > 1 for p in inside) and len({p[0] for p in inside}) > 1:              # with splits, both count the classes alike
-        classes = sorted(f.name for f in train.iterdir() if f.is_dir() and f.name[0] != ".") if train else sorted({p[0] for p in inside})
-    sources = [(s, classes.index(p[0]) if classes and p[0] in classes else -1) for s, p in zip(sources, inside)]
-    if not train and len(sources) > 1:                                                   # every tenth video is held out
-        sources = [s for i, s in enumerate(sources) if (i % 10 == min(9, len(sources) - 1)) == (split == "test")]
-    return root, sources, skipped, classes
-
-def where(data, data_dir):
-    root = Path(data_dir) if data in SETS else Path(data).expanduser()
-    return WHERE.get(data, WHERE["folder"]).format(root=root)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# decoding, once, into the cache
-
-def frames_of(path, size):
-    """Iterate over the frames of a video file, GIF or frame folder, resized and cropped: uint8 (size, size, 3) each."""
-    frame = None
+def open_array(path, dtype):
+    """The array of an .npy file as a memory map to read; None if it is absent, damaged, or of
+    another type."""
     try:
-        if path.is_dir():                                  # sorted by the last integer of the name: frame_10 comes after frame_9
-            number = lambda f: (int((re.findall(r"\d+", f.stem) or [0])[-1]), f.name)
-            frames = (iio.imread(f, plugin="pillow", mode="RGB") for f in sorted(path.iterdir(), key=number) if f.suffix.lower() in IMAGE)
-        elif path.suffix.lower() == ".gif":
-            frames = iio.imiter(path, plugin="pillow", mode="RGB")
-        else:
-            frames = iio.imiter(path, plugin="pyav", format="rgb24")
-        for frame in frames:
-            yield resize_crop(frame, size)
-    except Exception as e:                                 # whatever a decoder raises on a bad file, the user reads it in one line
-        raise UserError(f"cannot read {path}: {first_line(e)}")
-    if frame is None:
-        raise UserError(f"cannot read {path}: no frames in it")
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array if array.dtype == dtype else None
+    except Exception:                                    # a damaged header can raise anything
+        return None
 
-def resize_crop(frame, size):
-    """uint8 (H, W, 3) -> (size, size, 3): the short side resized to size with antialiasing, then the centre square."""
-    H, W, _ = frame.shape
-    short = min(H, W)
-    if max(H, W) > 32 * short:                                                           # the long side would fill the memory
-        raise ValueError(f"a frame of {W} x {H} pixels")
-    if short != size:
-        x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]         # (1, 3, H, W) uint8
-        shape = round(H * size / short), round(W * size / short)
-        frame = F.interpolate(x, shape, mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
-    top, left = (frame.shape[0] - size) // 2, (frame.shape[1] - size) // 2
-    return np.ascontiguousarray(frame[top:top + size, left:left + size])
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint; nothing in it is executed."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(checkpoint, dict) or not {"config", "step", "model"} <= set(checkpoint):
+            raise ValueError("it is not one of ours")
+        return checkpoint
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}: train it first (python vqgan3d.py --data ..., then "
+                        "python diffusion.py --data ...)")
+    except Exception as e:                               # a damaged file can raise anything
+        raise UserError(f"{path} is not a usable checkpoint ({first_line(e)}): delete it, or train "
+                        "anew with --fresh")
 
-def read_video(path, size):
-    """All frames of a video file, GIF or frame folder, resized and cropped: uint8 (T, size, size, 3)."""
-    return np.stack(list(frames_of(Path(path), size)))
+# ---- a training run ----
 
-def decode(job):
-    """A worker's job: decode one source into a file of raw frames. Returns (number of frames, "") or (0, what is wrong)."""
-    path, size, part = job
-    with open(part, "wb") as f:
+LOG_EVERY = 20                       # steps; looking at a loss makes the CPU wait for the GPU
+
+class Run:
+    """The folder of a training run: its lock, checkpoint and log; its device, processes, signals.
+
+    It is no trainer: the loop is in the script. Files: <path>.pt, <path>.jsonl. With several
+    processes, process 0 writes.
+    """
+    def __init__(self, path, cfg):
+        self.path, self.log_path = Path(f"{path}.pt"), Path(f"{path}.jsonl")
+        self.fresh = cfg.fresh
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = self.lock_folder()
+        self.device, self.autocast = pick_device(cfg.device, cfg.dtype)
+        start_processes(self.device)
+        self.recent = []             # (step, losses, seconds waited for the batch) since last look
+        self.signals = []
+        self.num_rows = 0            # of the log
+
+    def lock_folder(self):
+        """Refuse a second process. The system frees the lock when this one ends, in any way."""
+        file = open(self.path.with_name(f".{self.path.stem}.lock"), "w")
         try:
-            return sum(f.write(frame) for frame in frames_of(path, size)) // (size * size * 3), ""
-        except UserError as e:
-            return 0, str(e).replace(f"cannot read {path}", "unreadable")
+            if fcntl and not RANK:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training {self.path}: wait for it, stop it, or "
+                            "give another --out")
+        return file
 
-def count_frames(path):
-    """Without decoding, for the disk check; 0 for a bad file, which decode() will name."""
-    try:
-        if path.is_dir():
-            return sum(f.suffix.lower() in IMAGE for f in path.iterdir())
-        return iio.improps(path, plugin="pillow" if path.suffix.lower() == ".gif" else "pyav").shape[0]
-    except Exception:
-        return 0
+    def resume(self, cfg, may_change):
+        """The checkpoint to go on from, or None. The log is cut back to what it was then.
 
-def cache_folder(data, data_dir):
-    """<data_dir>/cache, or runs/<data>/cache where the data folder cannot be written."""
-    folder = Path(data_dir) / "cache"
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(f"{folder}/", os.W_OK):               # or absent, or a file
-        folder = Path("runs") / run_name(data) / "cache"
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-def prepare(data, data_dir="datasets", split="train", size=128, frames=16, workers=-1):
-    """Decode one split into the cache unless it is there already. Returns the path of its index.
-
-    The cache is a flat file of frames, size * size * 3 bytes each, and a JSON index: (first frame, frames, label, source)
-    per video, the classes, and what was skipped and why. Until all is decoded the index bears the name .journal; it is saved
-    every few seconds, and a preparation that was interrupted goes on from there.
-    """
-    name = run_name(data) if data in SETS else f"{run_name(data)}-{hashlib.sha256(str(Path(data).expanduser().resolve()).encode()).hexdigest()[:8]}"
-    stem = str(cache_folder(data, data_dir) / f"{name}-{split}-{size}") + (f"x{frames}" if data == "toy" else "")
-    index_path, frames_path, journal_path = Path(stem + ".json"), Path(stem + ".u8"), Path(stem + ".journal")
-    bytes_a_frame, old = size * size * 3, load_index(index_path)
-    if data == "toy":
-        (n, seed), videos = (8192, 0) if split == "train" else (1024, 1), []
-        fingerprint = f"toy 7 {n} {frames} {size} {seed}"
-        if old and old["fingerprint"] == fingerprint:
-            return index_path
-        check_disk(index_path.parent, n * frames * bytes_a_frame, f"toy {split}")
-        with open(frames_path, "wb") as f:
-            for i in tqdm(range(0, n, 256), desc=f"toy {split}", unit_scale=256, unit=" clips"):
-                clips, labels = toy_videos(256, frames, size, seed=(seed, i))
-                f.write(clips)
-                videos += [(k * frames, frames, label, f"toy {k}") for k, label in enumerate(labels.tolist(), i)]
-        return write_index(index_path, dict(fingerprint=fingerprint, size=size, classes=TOY_CLASSES, videos=videos, skipped=[]))
-
-    root, sources, skipped, classes = scan(data, data_dir, split)
-    listing = [(str(s.relative_to(root)), s.stat().st_size if s.is_file() else sum(1 for _ in s.iterdir()), label) for s, label in sources]
-    fingerprint = hashlib.sha256(json.dumps([listing, classes]).encode()).hexdigest()
-    if old and (old["fingerprint"] == fingerprint or not sources):                       # or a cache that travelled without its raw data
-        return index_path
-    nothing = UserError(f"no usable video for --data {data} ({split} split): {where(data, data_dir)}")
-    if not sources:
-        raise nothing
-    index = dict(fingerprint=fingerprint, size=size, classes=classes, videos=[], skipped=skipped)
-    unreadable, interrupted, known = [], load_index(journal_path), {(source, label) for source, _, label in listing}
-    if interrupted and interrupted["fingerprint"] == fingerprint and known.issuperset((s, label) for _, _, label, s in interrupted["videos"]):
-        unreadable = [row for row in interrupted["skipped"] if row[1].startswith("unreadable")]
-        index |= dict(videos=interrupted["videos"], skipped=skipped + unreadable)
-    videos, done, total = index["videos"], len(index["videos"]) + len(unreadable), sum(v[1] for v in index["videos"])
-    sample = sources[::max(1, len(sources) // 64)]
-    need = sum(count_frames(s) for s, _ in sample) / len(sample) * (len(sources) - done) * bytes_a_frame
-    check_disk(index_path.parent, need, f"{name} {split}")
-    if workers < 0:
-        workers = min(os.cpu_count() or 1, len(sources) // 16)                           # starting a process costs seconds
-    jobs = [(s, size, f"{stem}.{i}.part") for i, (s, _) in enumerate(sources)][done:]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) if workers > 1 else None
-    index_path.unlink(missing_ok=True)                                                   # its frames are overwritten now
-    try:
-        with open(frames_path, "r+b" if done else "wb") as f:
-            f.seek(f.truncate(total * bytes_a_frame))
-            results, saved = zip(listing[done:], jobs, pool.map(decode, jobs) if pool else map(decode, jobs)), time.time()
-            for (source, _, label), (*_, part), (n, wrong) in tqdm(results, total=len(sources), initial=done, desc=f"{name} {split}", unit=" videos"):
-                if n:
-                    with open(part, "rb") as p:
-                        shutil.copyfileobj(p, f, 1 << 22)
-                    videos.append((total, n, label, source))
-                    total += n
-                else:
-                    index["skipped"].append((source, wrong))
-                os.remove(part)
-                if time.time() > saved + 5:
-                    f.flush()
-                    write_index(journal_path, index)
-                    saved = time.time()
-    finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-        for *_, part in jobs:
-            Path(part).unlink(missing_ok=True)
-        write_index(journal_path, index)
-    report(name, split, index["skipped"], journal_path.replace(index_path))
-    if not videos:
-        raise nothing
-    return index_path
-
-def check_disk(folder, need, what):
-    free = shutil.disk_usage(folder).free
-    print(f"{what}: about {need / 1e9:.2f} GB to write to {folder}, {free / 1e9:.1f} GB free")
-    if need > free:
-        raise UserError(f"not enough disk for {what} in {folder}: about {need / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free; "
-                        "free some, lower --size, or choose another --data_dir")
-
-def report(name, split, skipped, index_path):
-    """Count and name what was not used, by reason."""
-    for reason in sorted({r.split(":")[0] for _, r in skipped}):
-        rows = [f"{s} ({r})" if ":" in r else s for s, r in skipped if r.split(":")[0] == reason]
-        more = f" ... all of them in {index_path}" if len(rows) > 8 else ""
-        print(f"{name} {split}: skipped {len(rows)} {reason}: {', '.join(rows[:8])}{more}")
-
-def read_json(text):
-    """What a line of JSON says, or None if it is damaged."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-def load_index(path):
-    """The index of a cache, or None if it is absent, empty, damaged, or promises more than its file of frames holds."""
-    try:
-        index = json.loads(path.read_text(errors="replace"))
-        firsts, counts, labels, sources = zip(*index["videos"])
-        good = min(counts) > 0 and firsts == (0, *accumulate(counts))[:-1] and {*labels} <= {*range(-1, len(index["classes"] or []))}
-        texts = [*sources, *(text for source, reason in index["skipped"] for text in (source, reason))]
-        good = good and all(isinstance(text, str) for text in texts) and "fingerprint" in index
-        return index if good and path.with_suffix(".u8").stat().st_size >= sum(counts) * index["size"] ** 2 * 3 else None
-    except (TypeError, KeyError, ValueError, OSError):
-        return None
-
-def write_index(path, index):
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(index))
-    return temporary.replace(path)
-
-# ----------------------------------------------------------------------------------------------------------------------
-# batches
-
-class Videos:
-    """One prepared split: windows of `frames` frames, `stride` source frames apart, cut from a memory map.
-
-    classes: list of names or None. len() counts the videos long enough; the others are counted and named at the start.
-    """
-    def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1, flip=False, crop=0):
-        if flip and data == "toy":
-            raise UserError("--flip would turn right into left, and the toy's classes are directions: leave it off")
-        if crop > size:
-            raise UserError(f"--crop {crop} is larger than the videos, which are {size} x {size}: give a smaller one")
-        path = prepare(data, data_dir, split, size, frames * stride)
-        index = load_index(path)
-        self.data, self.split, self.size, self.frames, self.stride, self.flip = data, split, size, frames, stride, flip
-        self.crop = crop or size
-        self.classes, self.fingerprint, self.span = index["classes"], index["fingerprint"], (frames - 1) * stride + 1
-        self.videos = [v for v in index["videos"] if v[1] >= self.span]
-        short = [(v[3], f"too short: {v[1]} of {self.span} frames") for v in index["videos"] if v[1] < self.span]
-        report(run_name(data), split, short, path)
-        if not self.videos:
-            raise UserError(f"no video of --data {data} ({split} split) has the {self.span} frames that --frames {frames} --stride {stride} need: lower them")
-        self.map = np.memmap(path.with_suffix(".u8"), np.uint8, "r").reshape(-1, size, size, 3)
-
-    def __len__(self):
-        return len(self.videos)
-
-    def window(self, i, start=0):
-        """Frames start, start + stride, ... of video i: uint8 (T, H, W, 3) and its label (-1: none)."""
-        first, _, label, _ = self.videos[i]
-        return self.map[first + start:first + start + self.span:self.stride], label
-
-    def batch(self, n, rng):
-        """n random windows of random videos, of each a random square if there is a crop: uint8 tensor (n, T, H, W, 3), labels (n,).
-
-        rng: a numpy Generator.
+        Raises UserError if the checkpoint has another value of a flag that may not change.
         """
-        side = self.crop
-        clips, labels = np.empty((n, self.frames, side, side, 3), np.uint8), np.empty(n, np.int64)
-        for k in range(n):
-            i = rng.integers(len(self.videos))
-            clip, labels[k] = self.window(i, rng.integers(self.videos[i][1] - self.span + 1))
-            y, x = rng.integers(self.size - side + 1, size=2) if side < self.size else (0, 0)
-            clip = clip[:, y:y + side, x:x + side]
-            clips[k] = clip[:, :, ::-1] if self.flip and rng.integers(2) else clip
-        return torch.from_numpy(clips), torch.from_numpy(labels)
+        checkpoint = None
+        if self.path.exists() and not self.fresh:
+            checkpoint = load_checkpoint(self.path)
+            differ = []
+            for name, value in checkpoint["config"].items():
+                now = getattr(cfg, name, None)
+                if name not in may_change and now != value:
+                    differ.append(f"--{name} {value} (now {now})")
+            if differ:
+                raise UserError(f"{self.path} was trained with {', '.join(differ)}: give the same "
+                                "flags, another --out, or --fresh to start anew")
+            print(f"resuming {self.path} at step {checkpoint['step']}")
+        if not RANK:
+            rows = []
+            if checkpoint and self.log_path.exists():
+                rows = self.log_path.read_bytes().splitlines(keepends=True)
+                rows = rows[:checkpoint["log_rows"]]
+            with replacing(self.log_path) as temporary:
+                temporary.write_bytes(b"".join(rows))
+            self.num_rows = len(rows)
+        return checkpoint
 
-    def fixed(self, n):
-        """The same n windows every time, spread evenly over the videos and unflipped: for evaluation and previews."""
-        videos, windows = len(self.videos), []
-        for k in range(n):
-            i = k * videos // n if n <= videos else k % videos
-            room = self.videos[i][1] - self.span                                         # shared by the windows of a video, if it gives several
-            windows.append(self.window(i, room * (k // videos) // max(1, (n - 1) // videos)))
-        clips, labels = zip(*windows)
-        return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
+    def steps(self, start, total, what):
+        """Yield start ... total, with a progress bar. Ctrl-C and SIGTERM are taken note of."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        self.start, self.total = start, total
+        self.clock = time.time()
+        seconds = 1 if sys.stderr.isatty() else 20                # between two updates of the bar
+        self.bar = tqdm(range(start, total + 1), initial=start, total=total, desc=what,
+                        mininterval=seconds, disable=RANK > 0)
+        yield from self.bar
+
+    def evaluation_due(self, step, every):
+        """Before the first step, every so many steps, and at the end; but not once more where a
+        resumed run starts."""
+        if step == self.start:
+            return step == 0
+        return step % every == 0 or step == self.total
+
+    def prefetch(self, fetch, start, total):
+        """Yield fetch(step) for each step from start; a thread has the next one ready."""
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(fetch, start)
+            for step in range(start, total):
+                began = time.time()
+                batch = future.result()
+                self.waited = time.time() - began
+                future = thread.submit(fetch, step + 1)
+                yield batch
+
+    def on_signal(self, number, frame):
+        if self.signals:                                          # the second one stops at once
+            raise KeyboardInterrupt
+        self.signals.append(number)
+
+    def stop_requested(self, step):
+        """Did a signal ask to stop? Several processes must agree: they compare every 20 steps."""
+        if WORLD == 1:
+            return bool(self.signals)
+        if step % LOG_EVERY:
+            return False
+        signals = torch.tensor(len(self.signals), device=self.device)
+        return all_reduce_sum(signals).item() > 0
+
+    def log(self, step, losses, **more):
+        """Keep the losses of this step; every 20th step, look at those kept and write a row.
+
+        losses, more: numbers or scalar tensors by name. Returns whether a row was written.
+        """
+        self.recent.append((step, losses, self.waited))
+        if step % LOG_EVERY:
+            return False
+        self.check_finite()
+        seconds = time.time() - self.clock
+        row = {name: float(value) for name, value in {**losses, **more}.items()}
+        row["seconds_a_step"] = seconds / len(self.recent)
+        row["waiting"] = sum(waited for _, _, waited in self.recent) / seconds
+        row["memory_gb"] = peak_memory(self.device)
+        self.write_row(step, row)
+        first = next(iter(losses))
+        self.bar.set_postfix({first: f"{row[first]:.4f}", "GB": f"{row['memory_gb']:.1f}"}, False)
+        self.recent, self.clock = [], time.time()
+        return True
+
+    def log_evaluation(self, step, scores):
+        """Write the scores of an evaluation, {name: number}; refuse any that is not finite."""
+        self.recent.append((step, scores, 0.0))
+        self.check_finite()
+        self.write_row(step, scores)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        self.bar.write(f"step {step}: {text}")
+        self.recent, self.clock = [], time.time()                 # only training is timed
+
+    def write_row(self, step, row):
+        """Append {step, name: number, ...} to the log, with six digits."""
+        if RANK:
+            return
+        row = {name: float(f"{value:.6g}") for name, value in row.items()}
+        with open(self.log_path, "a") as f:
+            f.write(json.dumps(dict(step=step, **row)) + "\n")
+        self.num_rows += 1
+
+    def check_finite(self):
+        """Stop the run at the first step since the last look whose losses are not finite."""
+        for step, losses, _ in self.recent:
+            bad = [name for name, value in losses.items() if not math.isfinite(value)]
+            if bad:
+                raise UserError(f"step {step}: {', '.join(bad)} is not finite; {self.last_good()}. "
+                                "Lower --lr, or that loss's weight, then run again")
+
+    def last_good(self):
+        if self.path.exists():
+            return f"{self.path} still holds the last good step"
+        return "nothing was saved yet"
+
+    def save(self, step, **state):
+        """Write a checkpoint. A crash at any moment leaves the old file or the new one.
+
+        state: state dicts of networks and optimisers, tensors, plain Python values.
+        """
+        if RANK:
+            return
+        for part in ("model", "ema", "disc"):
+            for name, value in (state.get(part) or {}).items():
+                if not value.isfinite().all():
+                    raise UserError(f"step {step}: {name} is not finite; {self.last_good()}. "
+                                    "Lower --lr, then run again")
+        temporary = Path(f"{self.path}.tmp")
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(dict(step=step, log_rows=self.num_rows, **state), f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, self.path)
+        except (OSError, RuntimeError) as e:             # torch turns a full disk into RuntimeError
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write {self.path}: {first_line(e)}. The checkpoint before it "
+                            "is intact: free some space, then run the same command again")
+        self.clock = time.time()
+
+# --------------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -478,18 +1041,20 @@ class Config:
     data_dir: str = "datasets"   # where the raw sets and the caches lie
     size: int = 128              # pixels a side
     frames: int = 16             # frames of a clip
-    stride: int = 1              # source frames from one frame of a clip to the next
+    stride: int = 1              # frames of the video from one frame of a clip to the next
 
 def main():
-    cfg = parse(Config)
+    cfg = parse_flags(Config)
     for split in ("train", "test"):
         videos = Videos(cfg.data, cfg.data_dir, split, cfg.size, cfg.frames, cfg.stride)
-        count, total = len(videos), sum(v[1] for v in videos.videos)
-        print(f"{split}: {count} videos, {total} frames, {total * cfg.size ** 2 * 3 / 1e9:.2f} GB, {len(videos.classes or [])} classes")
+        frames = sum(v.frames for v in videos.videos)
+        print(f"{split}: {len(videos)} videos, {frames} frames, "
+              f"{frames * cfg.size ** 2 * 3 / 1e9:.2f} GB, {len(videos.classes or [])} classes")
         if split == "train":
             preview = Path("runs") / run_name(cfg.data) / "data.gif"
-            save_grid(preview, videos.fixed(min(count, 24))[0].numpy(), columns=6)
+            clips, _ = videos.fixed(min(len(videos), 24))
+            save_grid(preview, clips.numpy(), columns=6)
             print(f"preview: {preview}")
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)
