@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -606,23 +607,37 @@ def run_main(main):
         sys.stdout = open(os.devnull, "w")                        # process 0 prints for all
     try:
         return main()
-    except UserError as e:
-        message = str(e)
-    except KeyboardInterrupt:
-        message = "interrupted; the same command goes on from here"
-    except OSError as e:
-        full_or_forbidden = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG
-        if e.errno not in full_or_forbidden:
+    except BaseException as e:
+        message = explain(e)
+        if WORLD > 1 and not isinstance(e, SystemExit):
+            # the other processes may wait for this one for ever, and an ordinary exit for them:
+            # end at once, so that torchrun ends them too
+            print(f"error: {message}" if message else traceback.format_exc(), file=sys.stderr,
+                  flush=True)
+            os._exit(1)
+        if not message:
             raise
-        message = (f"cannot write {e.filename or ''}: {e.strerror}. Free some space or choose "
-                   "another folder, then run the same command again")
-    except (MemoryError, RuntimeError) as e:
-        known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not known and "DefaultCPUAllocator" not in str(e):
-            raise
-        message = (f"out of memory ({first_line(e)}): lower --batch_size, or in training compute "
-                   "the batch in parts with --grad_accum_steps 2")
     sys.exit(f"error: {message}")
+
+def explain(e):
+    """One line for an exception that a user can do something about, else "". """
+    text = str(e)
+    if isinstance(e, UserError):
+        return text
+    if isinstance(e, KeyboardInterrupt):
+        return "interrupted; the same command goes on from here"
+    full_or_forbidden = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG
+    if isinstance(e, OSError) and e.errno in full_or_forbidden:
+        return (f"cannot write {e.filename or ''}: {e.strerror}. Free some space or choose another "
+                "folder, then run the same command again")
+    no_memory = "DefaultCPUAllocator" in text or "ALLOC_FAILED" in text
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or no_memory:
+        return (f"out of memory ({first_line(e)}): lower --batch_size, or in training compute the "
+                "batch in parts with --grad_accum_steps 2")
+    if isinstance(e, RuntimeError) and re.search("CUDA|cuDNN|CUBLAS|NCCL", text, re.I):
+        return (f"the GPU reports: {first_line(e)}. Lower --batch_size; if that does not help, try "
+                "--compile off, then --dtype float32, then --device cpu")
+    return ""
 
 def first_line(e):
     """The beginning of an exception's message, in one line."""
@@ -666,6 +681,8 @@ def parse_flags(Config, presets={}, argv=None):
     flags = vars(parser.parse_args(argv))
     set_name = run_name(flags.get("data", Config.data))           # a folder can have a preset too
     values = {**defaults, **SETS.get(set_name, {}), **presets.get(set_name, {})}
+    if flags.get("pixels"):
+        values |= presets["pixels"]
     for name, value in flags.items():
         zero_is_fine = isinstance(value, float) or defaults[name] == 0 or name in MAY_BE_ZERO
         if type(value) in (int, float) and not value >= (0 if zero_is_fine else 1):
@@ -685,6 +702,7 @@ def run_name(data):
 
 # torchrun starts several processes and gives each its number; without it there is one
 RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))                 # on its machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def has_native_bf16(device):
@@ -702,8 +720,8 @@ def pick_device(device="auto", dtype="auto"):
     Open one for each forward pass: autocast keeps the weights that it has cast until it closes,
     and they are stale once the optimiser has stepped.
     """
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: must be auto, float32 or bfloat16")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype}: must be auto, float32, bfloat16 or float16")
     if device == "auto":
         device = "cpu"
         if torch.cuda.is_available():
@@ -711,16 +729,29 @@ def pick_device(device="auto", dtype="auto"):
         elif torch.backends.mps.is_available():
             device = "mps"
     if device == "cuda" and WORLD > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {device} cannot be used: {first_line(e)}. Try --device cpu")
-    use_bf16 = dtype == "bfloat16" or (dtype == "auto" and has_native_bf16(device))
+    if dtype == "auto":
+        dtype = "float32"
+        if has_native_bf16(device):
+            dtype = "bfloat16"
+        elif device.type == "cuda":                               # T4, V100
+            dtype = "float16"
+    torch.backends.cudnn.benchmark = True                         # shapes do not change
     def autocast():
-        return torch.autocast(device.type, torch.bfloat16, enabled=use_bf16)
+        return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     return device, autocast
+
+def autocast_dtype(device, autocast):
+    """The type in which networks compute in that context."""
+    with autocast():
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return torch.float32
 
 def start_processes(device):
     """Connect the processes that torchrun started. The others may wait long while one decodes."""
@@ -733,11 +764,12 @@ def start_processes(device):
 
 @contextmanager
 def main_process_first():
-    """Process 0 runs the body before the others, so that they find on disk what it leaves there."""
-    if RANK:
+    """The first process of each machine runs the body before the others, so that they find on disk
+    what it leaves there."""
+    if LOCAL_RANK:
         wait_for_all()
     yield
-    if not RANK:
+    if not LOCAL_RANK:
         wait_for_all()
 
 def wait_for_all():
@@ -794,12 +826,10 @@ def can_compile(flag, device):
 
 def cast_weights(module, autocast):
     """Cast a frozen network's kernels and matrices once, as autocast would at every call."""
-    device = next(module.parameters()).device.type
-    with autocast():
-        if torch.is_autocast_enabled(device):
-            for m in module.modules():
-                if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear)):
-                    m.to(torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(next(module.parameters()).device, autocast)
+    for m in module.modules():
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d, torch.nn.Linear)):
+            m.to(dtype)
     return module
 
 def peak_memory(device):
@@ -816,7 +846,7 @@ def peak_memory(device):
 @contextmanager
 def replacing(path):
     """A temporary path to write to; it gets the name `path` if the body ends without an error."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{RANK}-{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -872,6 +902,10 @@ class Run:
         self.lock = self.lock_folder()
         self.device, self.autocast = pick_device(cfg.device, cfg.dtype)
         start_processes(self.device)
+        dtype = autocast_dtype(self.device, self.autocast)
+        # float16 has so little range that small gradients would round to zero: scale the losses
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        print(f"{self.device}, {str(dtype).removeprefix('torch.')}, writing {self.path.parent}/")
         self.recent = []             # (step, losses, seconds waited for the batch) since last look
         self.signals = []
         self.num_rows = 0            # of the log
@@ -887,23 +921,28 @@ class Run:
                             "give another --out")
         return file
 
-    def resume(self, cfg, may_change):
+    def resume(self, cfg, fixed):
         """The checkpoint to go on from, or None. The log is cut back to what it was then.
 
-        Raises UserError if the checkpoint has another value of a flag that may not change.
+        Raises UserError if one of the flags in `fixed`, which make the network and the data, has
+        another value than then; other changes are printed. A flag that the checkpoint does not
+        know had its default.
         """
         checkpoint = None
         if self.path.exists() and not self.fresh:
             checkpoint = load_checkpoint(self.path)
-            differ = []
-            for name, value in checkpoint["config"].items():
-                now = getattr(cfg, name, None)
-                if name not in may_change and now != value:
-                    differ.append(f"--{name} {value} (now {now})")
+            then = vars(type(cfg)()) | checkpoint["config"]
+            changed = [name for name, value in vars(cfg).items() if value != then[name]]
+            differ = [f"--{n} {then[n]} (now {getattr(cfg, n)})" for n in changed if n in fixed]
             if differ:
                 raise UserError(f"{self.path} was trained with {', '.join(differ)}: give the same "
                                 "flags, another --out, or --fresh to start anew")
             print(f"resuming {self.path} at step {checkpoint['step']}")
+            for name in changed:
+                print(f"  --{name} {getattr(cfg, name)}   (until now {then[name]})")
+            if "steps" in changed:
+                print("  the learning rate goes on at this step's place in the new schedule")
+        self.compare_steps(checkpoint)
         if not RANK:
             rows = []
             if checkpoint and self.log_path.exists():
@@ -913,6 +952,15 @@ class Run:
                 temporary.write_bytes(b"".join(rows))
             self.num_rows = len(rows)
         return checkpoint
+
+    def compare_steps(self, checkpoint):
+        """All processes must go on from the same step: their run folder must be the same one."""
+        step = checkpoint["step"] if checkpoint else 0
+        steps = torch.tensor([step, step * step], dtype=torch.float64, device=self.device)
+        mean, mean_square = (all_reduce_sum(steps) / WORLD).tolist()
+        if mean_square > mean * mean + 0.5:
+            raise UserError(f"the processes found different checkpoints at {self.path}: --out must "
+                            "be a folder that all machines share")
 
     def steps(self, start, total, what):
         """Yield start ... total, with a progress bar. Ctrl-C and SIGTERM are taken note of."""
@@ -933,20 +981,34 @@ class Run:
         return step % every == 0 or step == self.total
 
     def prefetch(self, fetch, start, total):
-        """Yield fetch(step) for each step from start; a thread has the next one ready."""
+        """Yield fetch(step), a tuple of tensors, for each step from start.
+
+        A thread has the next one ready, for a GPU in pinned memory, whose copy is not waited for.
+        """
+        def fetch_pinned(step):
+            tensors = fetch(step)
+            return [t.pin_memory() for t in tensors] if self.device.type == "cuda" else tensors
         with ThreadPoolExecutor(1) as thread:
-            future = thread.submit(fetch, start)
+            future = thread.submit(fetch_pinned, start)
             for step in range(start, total):
                 began = time.time()
                 batch = future.result()
                 self.waited = time.time() - began
-                future = thread.submit(fetch, step + 1)
+                future = thread.submit(fetch_pinned, step + 1)
                 yield batch
 
     def on_signal(self, number, frame):
         if self.signals:                                          # the second one stops at once
             raise KeyboardInterrupt
         self.signals.append(number)
+
+    def update(self, opts, lr):
+        """One step of each optimiser at this learning rate, from gradients of scaled losses."""
+        for opt in opts:
+            opt.param_groups[0]["lr"] = lr
+            self.scaler.unscale_(opt)
+            self.scaler.step(opt)
+            opt.zero_grad()
 
     def stop_requested(self, step):
         """Did a signal ask to stop? Several processes must agree: they compare every 20 steps."""

@@ -57,7 +57,7 @@ class Config:
     # the diffusion
     timesteps: int = 1000         # T of DDPM
     noise_schedule: str = "cosine"     # cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
-    predict: str = "eps"          # output of the network: eps, the noise, or v (Salimans & Ho 2022)
+    predict: str = "v"            # output of the network: v (Salimans & Ho 2022) or eps, the noise
     label_drop: float = 0.1       # fraction of labels replaced by the null label, for guidance
     cond_prob: float = 0.25       # fraction of clips with given first frames, to continue videos
     # training
@@ -66,7 +66,7 @@ class Config:
     grad_accum_steps: int = 1     # parts that a batch is computed in one by one, to save memory
     lr: float = 1e-3              # peak of Muon and Adam: 2% linear warm-up, then cosine to zero
     ema: float = 0.9999           # decay of the averaged weights, which sample; at first lower
-    num_latents: int = 20_000     # clips encoded once, before training; 0: fresh windows each step
+    num_latents: int = 0          # clips encoded once, before training; 0: fresh ones each step
     seed: int = 0                 # everything random follows from (seed, step)
     # running
     eval_every: int = 5000        # steps between evaluations, previews and checkpoints
@@ -78,13 +78,15 @@ class Config:
 
 PRESETS = {
     "toy": dict(
-        width=48, mults=(1, 2), blocks=1, head_dim=32, predict="v", steps=2500, batch_size=16,
-        lr=4e-3, num_latents=8192, ema=0.99, eval_every=1000),
-    "sky": dict(grad_accum_steps=4),         # fits 16 GB; with more memory a lower one is faster
-    "ucf101": dict(grad_accum_steps=4),
+        width=48, mults=(1, 2), blocks=1, head_dim=32, steps=2500, batch_size=16, lr=4e-3,
+        num_latents=8192, ema=0.99, eval_every=1000),
+    "sky": dict(grad_accum_steps=2),         # 6.9 GB; 12 GB with 1
+    "ucf101": dict(grad_accum_steps=2),
+    "pixels": dict(size=64, grad_accum_steps=8),     # of --pixels, whatever the set
 }
-MAY_CHANGE = {"data_dir", "out", "vqgan", "steps", "grad_accum_steps", "eval_every", "guidance",
-              "device", "compile", "fresh"}                       # when a run is resumed
+FIXED = ("data", "pixels", "size", "frames", "stride", "flip", "width", "mults", "blocks",
+         "full_attention_tokens", "head_dim", "timesteps", "noise_schedule", "predict",
+         "seed")                                                  # when a run is resumed
 
 # --------------------------------------------------------------------------------------------------
 # the U-Net. A convolution in space sees frames as images, so x is (B*T, C, H, W) throughout
@@ -107,7 +109,8 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(D, D, 3, padding=1)
         self.skip = nn.Conv2d(C, D, 1) if C != D else nn.Identity()
         self.dropout = dropout
-        nn.init.zeros_(self.conv2.weight)                                    # nearly the identity
+        nn.init.zeros_(self.conv2.weight)                        # the block starts as the identity
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, emb, T):                                # (B*T, C, H, W), (B*T, E)
         h = self.conv1(F.silu(self.norm1(x)))                                # (B*T, D, H, W)
@@ -134,7 +137,8 @@ class Attention(nn.Module):
         self.norm = GroupNorm(C)
         self.qkv = nn.Linear(C, 3 * C)
         self.proj = nn.Linear(C, C)
-        nn.init.zeros_(self.proj.weight)                                     # nearly the identity
+        nn.init.zeros_(self.proj.weight)                         # starts as the identity
+        nn.init.zeros_(self.proj.bias)
         # at first the heads look at the frame before, the same frame, or the next frame
         distance = torch.arange(-self.max_distance, self.max_distance + 1)
         preferred = torch.arange(self.heads)[:, None] % 3 - 1
@@ -286,7 +290,7 @@ class UNet(nn.Module):
 class Diffusion:
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), where t runs from 0, nearly
     clean, to T - 1, nearly noise (Ho et al. 2020, eq. 4)."""
-    def __init__(self, timesteps, noise_schedule, predict):
+    def __init__(self, timesteps, noise_schedule, predict, device="cpu"):
         if noise_schedule not in ("cosine", "linear"):
             raise UserError(f"--noise_schedule {noise_schedule}: must be cosine or linear")
         if predict not in ("eps", "v"):
@@ -299,23 +303,31 @@ class Diffusion:
             f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - f[1:] / f[:-1]
         self.alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), 0)         # (T,) float64
-        self.alpha = self.alpha_bar.sqrt().float()
-        self.sigma = (1 - self.alpha_bar).sqrt().float()
+        self.alpha = self.alpha_bar.sqrt().float().to(device)
+        self.sigma = (1 - self.alpha_bar).sqrt().float().to(device)
 
     def times(self, u):
         """Numbers in [0, 1) -> times t: uniform numbers give the times of training."""
         return (u * self.T).long().clamp(max=self.T - 1)
 
     def sampling_times(self, steps):
-        """`steps` times from T - 1 down to 0, evenly spaced"""
-        times = torch.linspace(self.T - 1, 0, steps, dtype=torch.float64)
-        return times.round().long().tolist()
+        """`steps` times, evenly spaced, from T - 1, pure noise, down to 0.
+
+        With eps the first is the largest t whose sqrt(alpha_bar_t) is at least 0.03, and there may
+        be fewer times: x_0 is (x_t - sigma eps) / alpha, so an error of the network in eps grows by
+        1 / alpha, which is 20,000 at the end of the cosine schedule. v has no such division (Lin et
+        al. 2023, section 3.2).
+        """
+        first = self.T - 1
+        if self.predict == "eps":
+            first = (self.alpha_bar >= 0.03 ** 2).sum().item() - 1
+        times = torch.linspace(first, 0, steps, dtype=torch.float64)
+        return list(dict.fromkeys(times.round().long().tolist()))            # none of them twice
 
     def alpha_sigma(self, t, x):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for times (B,), shaped to multiply x"""
         shape = -1, *[1] * (x.dim() - 1)
-        alpha, sigma = self.alpha.to(t.device)[t], self.sigma.to(t.device)[t]
-        return alpha.view(shape), sigma.view(shape)
+        return self.alpha[t].view(shape), self.sigma[t].view(shape)
 
     def add_noise(self, x0, eps, t):
         """-> x_t, and the target of the network"""
@@ -441,7 +453,7 @@ class LatentDiffusion:
             raise UserError(f"the U-Net needs square latents, and stage 1 has --down {t},{h},{w}: "
                             "train it with the same for height and width")
         self.shape = C, frames // t, size // h, size // w
-        self.diffusion = Diffusion(c.timesteps, c.noise_schedule, c.predict)
+        self.diffusion = Diffusion(c.timesteps, c.noise_schedule, c.predict, device)
         self.unet = UNet(c, *self.shape[:3], len(classes or [])).to(device)
         self.set_statistics(torch.zeros(C), torch.ones(C), 1.0)
 
@@ -490,7 +502,7 @@ class LatentDiffusion:
         streams = []
         for seed in seeds:
             is_stream = isinstance(seed, torch.Generator)
-            streams.append(seed if is_stream else torch.Generator().manual_seed(int(seed)))
+            streams.append(seed if is_stream else noise_stream(seed))
         def randn():
             noise = [torch.randn(self.shape, generator=stream) for stream in streams]
             return torch.stack(noise).to(self.device)
@@ -514,6 +526,10 @@ class LatentDiffusion:
                 if progress:
                     progress(x, x0)
         return torch.cat([cond_frames, x[:, :, K:]], 2)
+
+def noise_stream(seed):
+    """The noise of one sample. The offset keeps it apart from the seeds of the training steps."""
+    return torch.Generator().manual_seed(3_000_000_000 + int(seed))
 
 def load_diffusion(path, device="cpu"):
     """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
@@ -617,11 +633,19 @@ def load_stage1(cfg, checkpoint, out, device):
     """What stage 2 inherits, (config, step and weights; VQGAN). A resumed run keeps its own."""
     if cfg.pixels:
         return None, None
+    path = Path(cfg.vqgan or out / "vqgan.pt")
+    found = None
+    if path.exists() or not checkpoint:
+        found = load_checkpoint(path)
+        if not found["model"].get("quantizer._extra_state", True):
+            raise UserError(f"{path}: its codebook is not in use yet, which begins after "
+                            "--vq_start of the steps of stage 1: train it longer")
+        stage1 = {key: found[key] for key in ("config", "step", "model")}
     if checkpoint:
         stage1 = checkpoint["vqgan"]
-    else:
-        found = load_checkpoint(cfg.vqgan or out / "vqgan.pt")
-        stage1 = {key: found[key] for key in ("config", "step", "model")}
+        if found and found["step"] != stage1["step"]:
+            print(f"note: {path} has been trained for {found['step']} steps, and this run goes on "
+                  f"with the stage 1 it began with, of {stage1['step']}; --fresh takes the other")
     c = stage1["config"]
     print(f"inherited from stage 1, trained for {stage1['step']} steps: {c['frames']} frames of "
           f"{c['size']} x {c['size']}, stride {c['stride']}")
@@ -663,17 +687,19 @@ def evaluate_and_preview(model, held_out, guidance, autocast, path):
     save_grid(path, to_uint8(torch.cat(videos)), columns=3)
     return dict(held_out_loss=loss)
 
-def draw_noise(cfg, model, labels):
+def draw_noise(cfg, model, labels, stream):
     """All that is random in a step, for the whole batch: u (B,) in [0, 1), and what
-    denoising_loss() takes: t, eps, labels, num_cond."""
+    denoising_loss() takes: t, eps, labels, num_cond. stream: a torch.Generator."""
     B, T, classes = len(labels), model.shape[1], model.unet.classes
     # u spread evenly over [0, 1) gives less variance than independent ones (Kingma et al. 2021)
-    u = (torch.rand(1) + torch.randperm(B) / B) % 1
-    eps = torch.randn(B, *model.shape)
+    u = (torch.rand(1, generator=stream) + torch.randperm(B, generator=stream) / B) % 1
+    eps = torch.randn(B, *model.shape, generator=stream)
     if classes:                                                  # the null label is trained here
-        labels = torch.where(torch.rand(B) < cfg.label_drop, classes, labels)
-    num_cond = torch.where(torch.rand(B) < cfg.cond_prob, torch.randint(T, (B,)), 0)
-    return u, (model.diffusion.times(u), eps, labels, num_cond)
+        drop = torch.rand(B, generator=stream) < cfg.label_drop
+        labels = torch.where(drop, classes, labels)
+    is_given = torch.rand(B, generator=stream) < cfg.cond_prob
+    num_cond = torch.where(is_given, torch.randint(T, (B,), generator=stream), 0)
+    return u, model.diffusion.times(u), eps, labels, num_cond
 
 def loss_by_time(history):
     """Mean loss in each quarter of the times, from nearly clean to nearly noise.
@@ -681,31 +707,33 @@ def loss_by_time(history):
     history: (losses (b,), u (b,)) of the last steps, where u in [0, 1) made the times.
     """
     losses, u = map(torch.cat, zip(*history))                                # (N,) each
-    quarter = F.one_hot((4 * u).long().to(losses.device), 4).float()         # (N, 4)
+    quarter = ((4 * u).long()[:, None] == torch.arange(4, device=u.device)).float()  # (N, 4)
     means = losses @ quarter / quarter.sum(0).clamp_min(1)
     return {f"loss_t{i + 1}": mean for i, mean in enumerate(means)}
 
-def train_step(cfg, unet, model, opts, samples, labels, latents, step, run):
-    """One update of unet and of its average, model.unet -> losses (b,), u (b,) of this process"""
-    u, noise = draw_noise(cfg, model, labels)
+def train_step(cfg, unet, model, opts, batch, latents, step, run):
+    """One update of unet and of its average, model.unet -> losses (b,), u (b,) of this process
+
+    batch: samples for to_latents(), and the output of draw_noise().
+    """
     parts = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
-    losses = []
+    losses, times = [], []
     for part in parts:
-        x0 = latents.to_latents(samples[part])                               # (b, C, T, H, W)
-        t, eps, label, num_cond = (v[part].to(run.device) for v in noise)
+        on_device = [v[part].to(run.device, non_blocking=True) for v in batch]
+        samples, u, t, eps, labels, num_cond = on_device
+        x0 = latents.to_latents(samples)                                     # (b, C, T, H, W)
         with run.autocast():
-            loss = denoising_loss(unet, model.diffusion, x0, t, eps, label, num_cond)    # (b,)
-        (loss.mean() / len(parts)).backward()
+            loss = denoising_loss(unet, model.diffusion, x0, t, eps, labels, num_cond)   # (b,)
+        run.scaler.scale(loss.mean() / len(parts)).backward()
         losses.append(loss.detach())
+        times.append(u)
     average_gradients(unet)
-    for opt in opts:
-        opt.param_groups[0]["lr"] = cfg.lr * cosine_lr(step, cfg.steps)
-        opt.step()
-        opt.zero_grad()
+    run.update(opts, cfg.lr * cosine_lr(step, cfg.steps))
+    run.scaler.update()
     decay = min(cfg.ema, (1 + step) / (10 + step))               # a young average forgets faster
     update_average = get_ema_multi_avg_fn(decay)
     update_average(list(model.unet.parameters()), list(unet.parameters()), None)
-    return torch.cat(losses), u[parts[0].start:parts[-1].stop]
+    return torch.cat(losses), torch.cat(times)
 
 def build_networks(cfg, vqgan, clip, classes, run):
     """-> LatentDiffusion, U-Net, optimisers. The U-Net is trained; its average, .unet of the first,
@@ -726,7 +754,7 @@ def main():
     out = Path(cfg.out or f"runs/{run_name(cfg.data)}{suffix}")
     run = Run(out / "diffusion", cfg)
     torch.manual_seed(cfg.seed)
-    checkpoint = run.resume(cfg, MAY_CHANGE)
+    checkpoint = run.resume(cfg, FIXED)
 
     # stage 1, and the data it was trained on
     stage1, vqgan = load_stage1(cfg, checkpoint, out, run.device)
@@ -750,6 +778,7 @@ def main():
         for opt, state in zip(opts, checkpoint["opts"]):
             opt.load_state_dict(state)
         model.set_statistics(*checkpoint["statistics"])
+        run.scaler.load_state_dict(checkpoint["scaler"])
     elif stage1:
         model.set_statistics(*latents.statistics(cfg.seed))
 
@@ -760,6 +789,7 @@ def main():
             model=unet.state_dict(),
             ema=model.unet.state_dict(),
             opts=[opt.state_dict() for opt in opts],
+            scaler=run.scaler.state_dict(),
             statistics=model.get_statistics(),
             vqgan=stage1,
             classes=train.classes,
@@ -768,7 +798,9 @@ def main():
 
     held_out = HeldOut(model, latents, test)
     def fetch(step):
-        return latents.fetch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))
+        samples, labels = latents.fetch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))
+        stream = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        return samples, *draw_noise(cfg, model, labels, stream)
 
     history = deque(maxlen=LOG_EVERY)
     batches = run.prefetch(fetch, start, cfg.steps)
@@ -784,10 +816,9 @@ def main():
         if step == cfg.steps:
             break
 
-        # one optimiser step; every random draw of it follows from this seed
-        torch.manual_seed(cfg.seed * 1_000_003 + step)
-        samples, labels = next(batches)
-        losses, u = train_step(cfg, unet, model, opts, samples, labels, latents, step, run)
+        # one optimiser step; every random draw of it follows from (seed, step)
+        torch.manual_seed(cfg.seed * 1_000_003 + step)           # of dropout
+        losses, u = train_step(cfg, unet, model, opts, next(batches), latents, step, run)
 
         # log, and stop if asked to
         history.append((losses, u))
@@ -800,28 +831,37 @@ def main():
     print(f"done: {run.path}, the log {run.log_path}, samples {out / 'diffusion.gif'}")
 
 # --------------------------------------------------------------------------------------------------
-# CPU workarounds, torch 2.13: GroupNorm could be nn.GroupNorm, attend() the fused kernel of torch,
-# and reuse_biases() could be left out
+# workarounds, torch 2.13: without them GroupNorm would be nn.GroupNorm, attend() torch's fused
+# kernel, and reuse_biases() not there
 
 class GroupNorm(nn.GroupNorm):
-    """Of a single frame, with at least 4 channels a group. On a CPU torch's kernel for
-    channels_last takes 4 times as long as copying to the other layout and back, below 1024
-    positions."""
+    """Of a single frame, with at least 4 channels a group, in the type of x: autocast would take
+    float32 on a GPU, and a third more memory. On a CPU torch's kernel for channels_last takes 4
+    times as long as copying to the other layout and back, below 1024 positions."""
     def __init__(self, C):
         super().__init__(math.gcd(32, C // 4), C)
 
     def forward(self, x):
-        if x.device.type == "cpu" and x.shape[2] * x.shape[3] < 1024:
+        if x.device.type == "cpu":
+            if x.shape[2] * x.shape[3] >= 1024:
+                return super().forward(x)
             x = super().forward(x.contiguous())
             return x.contiguous(memory_format=torch.channels_last)
-        return super().forward(x)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):       # which would compute in float32
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 def attend(q, k, v, bias):
     """softmax(q k' / sqrt(D) + bias) v; q, k, v (N, heads, L, D), bias (heads, L, L).
-    Written out it takes half the time of the fused kernel on a CPU."""
-    if q.device.type == "cpu":
-        return (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, bias)
+
+    On a CPU the written-out form takes half the time of the fused kernel. On a GPU it is better for
+    short sequences, as in time: the kernel computes tiles of 64 x 64, and its backward pass fails
+    for more than 65,535 sequences if the bias needs a gradient.
+    """
+    L, D = q.shape[-2:]
+    if q.device.type == "cpu" or L <= 64:
+        return (q * D ** -0.5 @ k.mT + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, bias[None])
 
 @contextmanager
 def reuse_biases(unet):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import (RANK, SETS, WORLD, UserError, can_compile, cast_weights, main_process_first,
                   new_array, parse_flags, peak_memory, pick_device, read_video, run_main, run_name,
                   save_grid, start_processes, to_float, to_uint8, wait_for_all)
-from diffusion import SAMPLERS, load_diffusion
+from diffusion import SAMPLERS, load_diffusion, noise_stream
 from vqgan3d import PatchUp
 
 @dataclass
@@ -107,7 +107,7 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
     if length > T == 1:
         raise UserError("--frames: clips of a single latent frame leave no room to continue one; "
                         "train with more --frames, or a smaller --down in time")
-    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    streams = [noise_stream(seed) for seed in seeds]
     video = start
     if start is None:
         video = model.sample(streams, labels, guidance, sampler, steps, autocast, progress)
@@ -230,7 +230,8 @@ def sample_share(plan, cfg, model, autocast, samples):
     if cfg.eta:
         sampler = functools.partial(sampler, eta=cfg.eta)
     first = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)     # of each batch
-    bar = tqdm(total=len(first) * plan.steps * windows, desc="sampling", disable=RANK > 0)
+    steps = len(model.diffusion.sampling_times(plan.steps))
+    bar = tqdm(total=len(first) * steps * windows, desc="sampling", disable=RANK > 0)
     for i in first:
         batch = range(i, min(plan.n, i + cfg.batch_size))
         seeds = [cfg.seed + k for k in batch]

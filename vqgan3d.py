@@ -79,11 +79,11 @@ PRESETS = {
     "toy": dict(
         width=32, codes=2048, disc_width=16, perceptual=0.0, steps=3000, batch_size=4,
         disc_start=0.75, gan_start=0.8, eval_every=500, eval_clips=128),
-    "sky": dict(),
-    "ucf101": dict(),
+    "sky": dict(width=128, batch_size=16, flip=True),            # 5.3 GB; a sky mirrored is a sky
+    "ucf101": dict(width=128, batch_size=16),
 }
-MAY_CHANGE = {"data_dir", "out", "steps", "grad_accum_steps", "vgg", "eval_every", "eval_clips",
-              "device", "compile", "fresh"}                       # when a run is resumed
+FIXED = ("data", "size", "frames", "stride", "crop", "flip", "down", "width", "blocks", "codes",
+         "code_dim", "disc_width", "seed")                        # when a run is resumed
 
 # --------------------------------------------------------------------------------------------------
 # the autoencoder: convolutions factorised into space and time, on patches
@@ -109,7 +109,8 @@ class ResBlock(nn.Module):
         self.norm = ChannelNorm(C)
         self.space = Conv3d(C, C, (1, 3, 3), padding=(0, 1, 1))
         self.time = Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0))
-        nn.init.zeros_(self.time.weight)                                     # nearly the identity
+        nn.init.zeros_(self.time.weight)                         # the block starts as the identity
+        nn.init.zeros_(self.time.bias)
 
     def forward(self, x):                                                    # (B, C, T, H, W)
         return x + self.time(F.silu(self.space(self.norm(x))))
@@ -254,6 +255,11 @@ class VQGAN(nn.Module):
         self.to(memory_format=torch.channels_last_3d)            # fastest for convolutions
 
     def encode(self, x):
+        frames, size = x.shape[2], x.shape[3:]
+        t, h, w = self.config.down
+        if x.shape[1] != 3 or frames % t or size[0] % h or size[1] % w:
+            raise ValueError(f"encode() takes videos (B, 3, T, H, W) with T, H and W divisible by "
+                             f"{t}, {h} and {w}, not {tuple(x.shape)}")
         return self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).float()
 
     def quantize(self, z):
@@ -331,7 +337,8 @@ def reconstruction_loss(x, y, vgg=None, frame=None):
     """{"mse", "perceptual"}: the second, with a VGG16, of one frame of each clip; frame: (B,)"""
     losses = dict(mse=F.mse_loss(y, x))
     if vgg is not None:
-        chosen = range(len(x)), slice(None), frame               # x[chosen]: (B, 3, H, W)
+        clip = torch.arange(len(x), device=x.device)
+        chosen = clip, slice(None), frame                        # x[chosen]: (B, 3, H, W)
         losses["perceptual"] = vgg(x[chosen], y[chosen])
     return losses
 
@@ -392,72 +399,86 @@ def build_networks(cfg, run):
             disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         disc_opt = make_adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999))
     if cfg.perceptual:
-        vgg = cast_weights(load_vgg(cfg.vgg).to(run.device), run.autocast)
+        with main_process_first():                               # it downloads VGG16
+            vgg = load_vgg(cfg.vgg)
+        vgg = cast_weights(vgg.to(run.device), run.autocast)
     if can_compile(cfg.compile, run.device):
         for module in filter(None, (vqgan, disc, vgg)):
             module.compile(dynamic=False)
+    print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent "
+          f"{' x '.join(map(str, vqgan.latent_shape()))}")
     return Networks(vqgan, make_optimizers(vqgan, cfg.lr), vgg, disc, disc_opt)
 
-def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, autocast):
+def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
     """Add the gradients of all losses of videos x, times `fraction`, to .grad -> {name: loss}
 
     Autoencoder and discriminator are separated at y: each learns from its own losses only.
+    run.scaler multiplies all losses by the same number, with float16 only.
     """
-    with autocast():
+    scale = run.scaler.scale
+    with run.autocast():
         y, _, vq_losses = nets.vqgan(x)                                      # (B, 3, T, H, W)
         losses = reconstruction_loss(x, y, nets.vgg, frame)
-    grad_y, = torch.autograd.grad(weighted_sum(cfg, losses), y)
+    grad_y, = torch.autograd.grad(scale(weighted_sum(cfg, losses)), y)
     losses |= vq_losses
 
     if train_disc or use_gan:
         fake = y.detach().requires_grad_()
-        with autocast():
+        with run.autocast():
             real_logits, real_features = nets.disc(x)
             fake_logits, fake_features = nets.disc(fake)
     if use_gan:
         gan_losses = generator_loss(fake_logits, fake_features, real_features)
-        grad_adv, = torch.autograd.grad(weighted_sum(cfg, gan_losses), fake, retain_graph=True)
+        loss = scale(weighted_sum(cfg, gan_losses))
+        grad_adv, = torch.autograd.grad(loss, fake, retain_graph=True)
         grad_y = join_gradients(grad_y, grad_adv, cfg.gan_ratio)
         losses |= gan_losses
     if train_disc:
         losses["disc"] = discriminator_loss(real_logits, fake_logits)
-        (losses["disc"] * fraction).backward(inputs=list(nets.disc.parameters()))
+        scale(losses["disc"] * fraction).backward(inputs=list(nets.disc.parameters()))
         losses["D_real"] = real_logits.sigmoid().mean()
         losses["D_fake"] = fake_logits.sigmoid().mean()
 
     # one backward pass through decoder and encoder, from the gradient at y and from the VQ loss
     outputs, gradients = [y], [grad_y * fraction]
-    vq = weighted_sum(cfg, vq_losses) * fraction
+    vq = scale(weighted_sum(cfg, vq_losses) * fraction)
     if vq.requires_grad:                                         # not before the codebook is used
         outputs.append(vq)
         gradients.append(None)
     torch.autograd.backward(outputs, gradients)
     return {name: loss.detach() for name, loss in losses.items()}
 
-def train_step(cfg, nets, clips, step, parts, run):
+def phase_starts(cfg, checkpoint):
+    """The steps at which quantisation, discriminator and GAN begin. What had begun before a run was
+    resumed has begun, however many steps there are now."""
+    starts = {}
+    for name in ("vq_start", "disc_start", "gan_start"):
+        starts[name] = getattr(cfg, name) * cfg.steps
+        if checkpoint and checkpoint["starts"][name] <= checkpoint["step"]:
+            starts[name] = checkpoint["starts"][name]
+    return starts
+
+def train_step(cfg, nets, clips, frame, step, starts, run):
     """One update of autoencoder and discriminator on uint8 clips (B, T, H, W, 3) -> losses
 
-    parts: the slices of the batch that this process computes, one after the other.
+    frame (B,): which frame of each clip VGG16 sees.
     """
-    nets.vqgan.quantizer.started = step >= cfg.vq_start * cfg.steps
-    train_disc = nets.disc is not None and step >= cfg.disc_start * cfg.steps
-    use_gan = nets.disc is not None and step >= cfg.gan_start * cfg.steps
-    frame = torch.randint(cfg.frames, (len(clips),))             # of each clip, for VGG16
+    nets.vqgan.quantizer.started = step >= starts["vq_start"]
+    train_disc = nets.disc is not None and step >= starts["disc_start"]
+    use_gan = nets.disc is not None and step >= starts["gan_start"]
+    parts = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
     losses = {}
     for part in parts:
         x = to_float(clips[part].to(run.device, non_blocking=True))          # (B, 3, T, H, W)
-        terms = backward_losses(cfg, nets, x, frame[part], train_disc, use_gan, 1 / len(parts),
-                                run.autocast)
+        shown = frame[part].to(run.device, non_blocking=True)
+        terms = backward_losses(cfg, nets, x, shown, train_disc, use_gan, 1 / len(parts), run)
         for name, loss in terms.items():
             losses[name] = losses.get(name, 0) + loss / len(parts)
     average_gradients(nets.vqgan, nets.disc)
-    for opt in nets.opts:
-        opt.param_groups[0]["lr"] = cfg.lr * cosine_lr(step, cfg.steps)
-        opt.step()
-        opt.zero_grad()
+    run.update(nets.opts, cfg.lr * cosine_lr(step, cfg.steps))
     if train_disc:
-        nets.disc_opt.step()
-        nets.disc_opt.zero_grad()
+        run.update([nets.disc_opt], cfg.disc_lr)
+    run.scaler.update()
     return losses
 
 @torch.no_grad()
@@ -498,21 +519,35 @@ def main():
     cfg = parse_flags(Config, PRESETS)
     out = Path(cfg.out or f"runs/{run_name(cfg.data)}")
     run = Run(out / "vqgan", cfg)
+
+    # data
+    shape = cfg.size, cfg.frames, cfg.stride
+    with main_process_first():
+        train = Videos(cfg.data, cfg.data_dir, "train", *shape, cfg.flip, cfg.crop)
+        test = Videos(cfg.data, cfg.data_dir, "test", *shape)
+    test_clips, _ = test.fixed(cfg.eval_clips)
+    def fetch(step):
+        """All that is random in a step, but for the codes that the quantiser moves."""
+        rng = np.random.default_rng((cfg.seed, step))
+        clips, _ = train.batch(cfg.batch_size, rng)
+        return clips, torch.from_numpy(rng.integers(cfg.frames, size=cfg.batch_size))
+
+    # networks, and where an earlier run stopped
     torch.manual_seed(cfg.seed)
     nets = build_networks(cfg, run)
     vqgan, opts, _, disc, disc_opt = nets
-
-    # where an earlier run stopped
     start = 0
-    checkpoint = run.resume(cfg, MAY_CHANGE)
+    checkpoint = run.resume(cfg, FIXED)
     if checkpoint:
         start = checkpoint["step"]
         vqgan.load_state_dict(checkpoint["model"])
         for opt, state in zip(opts, checkpoint["opts"]):
             opt.load_state_dict(state)
-        if disc:
+        if disc and checkpoint["disc"]:
             disc.load_state_dict(checkpoint["disc"])
             disc_opt.load_state_dict(checkpoint["disc_opt"])
+        run.scaler.load_state_dict(checkpoint["scaler"])
+    starts = phase_starts(cfg, checkpoint)
 
     def save(step):
         run.save(
@@ -522,19 +557,9 @@ def main():
             opts=[opt.state_dict() for opt in opts],
             disc=disc.state_dict() if disc else None,
             disc_opt=disc_opt.state_dict() if disc else None,
+            scaler=run.scaler.state_dict(),
+            starts=starts,
         )
-
-    # data
-    shape = cfg.size, cfg.frames, cfg.stride
-    with main_process_first():
-        train = Videos(cfg.data, cfg.data_dir, "train", *shape, cfg.flip, cfg.crop)
-        test = Videos(cfg.data, cfg.data_dir, "test", *shape)
-    test_clips, _ = test.fixed(cfg.eval_clips)
-    parts = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
-    def fetch(step):
-        return train.batch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))
-    print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent "
-          f"{' x '.join(map(str, vqgan.latent_shape()))}, {run.device}, writing {out}/")
 
     batches = run.prefetch(fetch, start, cfg.steps)
     for step in run.steps(start, cfg.steps, "stage 1"):
@@ -549,10 +574,10 @@ def main():
         if step == cfg.steps:
             break
 
-        # one optimiser step; every random draw of it follows from this seed
+        # one optimiser step; every random draw of it follows from (seed, step)
         torch.manual_seed(cfg.seed * 1_000_003 + step)
-        clips, _ = next(batches)
-        losses = train_step(cfg, nets, clips, step, parts, run)
+        clips, frame = next(batches)
+        losses = train_step(cfg, nets, clips, frame, step, starts, run)
 
         # log, and stop if asked to
         run.log(step, losses, lr=opts[0].param_groups[0]["lr"],
