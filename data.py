@@ -34,6 +34,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import av                                # PyAV, imageio's plug-in for videos
 import imageio.v3 as iio
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ EXPECTED = {                             # what an error says when there is no u
               "https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",
     "folder": "expected videos (mp4, avi, mov, webm, mkv, gif) or folders of JPEG/PNG frames in "
               "{root}; first-level folders that hold them are classes; train/ and test/ folders, "
-              "if both are there, are the splits.",
+              "if both are there, are the splits. Or an .npy file of uint8 (N, T, H, W, 3).",
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -177,8 +178,10 @@ def prepare_toy(folder, split, frames, size):
             array.flush()
             del array
     labels = [toy_labels(256, np.random.default_rng((seed, i))) for i in chunks]
-    labels = np.concatenate(labels).tolist()
-    return [Video(f"toy {i}", label, frames, path, i) for i, label in enumerate(labels)]
+    videos = []
+    for i, label in enumerate(np.concatenate(labels).tolist()):
+        videos.append(Video(f"toy {i}", TOY_CLASSES[label], label, frames, path, i))
+    return videos
 
 # --------------------------------------------------------------------------------------------------
 # finding the videos of a set
@@ -187,56 +190,121 @@ class Source(NamedTuple):
     """A video before it is decoded."""
     path: Path       # a video file, or a folder of frames
     name: str        # its path inside the set
-    label: int       # number of its class; -1: none
+    label: str       # name of its class, or ""
 
 class Listing(NamedTuple):
     """What was found of one split."""
     sources: list    # of Source, in natural order of their names
-    skipped: list    # of (name, reason)
-    classes: list    # names, or None
+    remarks: list    # of (name, what there is to say about it)
+    classes: list    # names; None: those of the usable videos
     held_out: bool   # is the split still to be divided into train and test?
 
+OUTPUT_MARK = ".vq-vdm"                       # in each folder that these scripts write to
+OUTPUT_GIFS = {"data.gif", "vqgan.gif", "diffusion.gif", "samples.gif", "reconstruction.gif"}
+
+def output_folder(folder):
+    """Make a folder for our own files, and mark it, so that it is never taken for data."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / OUTPUT_MARK).touch()
+    return folder
+
 def natural_key(path):
-    """Sorts frame_10 after frame_9: digits compare as numbers, everything else as text."""
-    parts = re.split(r"(\d+)", str(path))
-    parts[1::2] = map(int, parts[1::2])
+    """Sorts frame_10 after frame_9, and 0.5 after 0.125: numbers compare as numbers."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", str(path))
+    parts[1::2] = [(float(number), number) for number in parts[1::2]]
     return parts
 
-def list_files(folder):
-    """The files of a folder in natural order, without hidden ones (.DS_Store, ._frame.jpg)."""
-    files = [f for f in Path(folder).iterdir() if f.is_file()]
-    files = [f for f in files if not f.name.startswith(".")]
-    return sorted(files, key=natural_key)
+def list_folder_entries(folder):
+    """(files, folders) in natural order, without hidden ones (.DS_Store, ._1.jpg, __MACOSX)"""
+    files, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith((".", "__MACOSX")):
+                kind = folders if entry.is_dir() else files
+                kind.append(Path(entry.path))
+    return sorted(files, key=natural_key), sorted(folders, key=natural_key)
 
 def list_frames(folder):
     """The frames in a folder, in natural order."""
-    return [f for f in list_files(folder) if f.suffix.lower() in IMAGE_SUFFIXES]
+    files, _ = list_folder_entries(folder)
+    return [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
+
+def check_frames(files):
+    """What there is to say about the names of a video's frames: "mixed ...", "used ..." or "".
+
+    All names of a video follow one pattern. If several numbers change, as in c01_0001 and c02_0001,
+    there are several videos if the last one begins anew; but times do so too, after 59.
+    """
+    if not files:
+        return ""
+    patterns = {}
+    for file in files:
+        patterns.setdefault(re.sub(r"\d+", "#", file.name.lower()), file.name)
+    first, second, *_ = *patterns.values(), ""
+    if not second:
+        numbers = [re.findall(r"\d+", file.stem) for file in files]
+        numbers = np.array(numbers, float)                        # (frames, numbers)
+        changing = numbers[:, (numbers != numbers[0]).any(0)]
+        last = changing[:, -1] if changing.size else np.arange(len(files))
+        step = np.diff(last)
+        if (step <= 0).any():
+            runs = np.split(last, np.flatnonzero(step <= 0) + 1)
+            alike = [run[0] == last[0] and (np.diff(run) == 1).all() for run in runs]
+            if all(alike) and len(runs[0]) > 1 and runs[0][-1] != 59:
+                second = files[len(runs[0])].name
+        elif changing.shape[1] == 1 and step.max() > step.min():
+            return f"used, though frames are missing: after {files[step.argmax()].name}"
+    if second:
+        return (f"mixed sequences of frames: {first} and {second} belong to two videos; put each "
+                "into a folder of its own")
+    return ""
 
 def find_sources(root):
-    """All video files and frame folders below root.
+    """All videos below root: video files, and folders of frames.
 
-    Returns (list of paths, list of (path inside root, reason) of what was passed over).
+    Pictures beside videos, or in a folder above them, are no video. Links are followed once; our
+    own outputs are left out. Returns (list of paths, list of (path inside root, remark)).
     """
-    sources, skipped = [], []
-    for folder, folders, _ in os.walk(root, followlinks=True):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        files = list_files(folder)
-        if any(f.suffix.lower() in IMAGE_SUFFIXES for f in files):
-            sources.append(Path(folder))
+    root = Path(root)
+    sources, remarks, seen = [], [], set()
+    def visit(folder):
+        ours = (folder / OUTPUT_MARK).exists()
+        if folder.resolve() in seen or (ours and folder != root):
+            return
+        seen.add(folder.resolve())
+        files, folders = list_folder_entries(folder)
+        before = len(sources)
+        for child in folders:
+            visit(child)
+        frames = []
         for file in files:
-            if file.suffix.lower() in VIDEO_SUFFIXES:
+            suffix = file.suffix.lower()
+            if suffix in IMAGE_SUFFIXES:
+                frames.append(file)
+            elif suffix in VIDEO_SUFFIXES and not (ours and file.name in OUTPUT_GIFS):
                 sources.append(file)
-            elif file.suffix.lower() not in IMAGE_SUFFIXES:
-                skipped.append((str(file.relative_to(root)), "not a video or image"))
-        if not files and not folders:
-            skipped.append((str(Path(folder).relative_to(root)), "empty folder"))
-    return sorted(sources, key=natural_key), skipped
+            elif suffix not in VIDEO_SUFFIXES:
+                remarks.append((str(file.relative_to(root)), "not a video or image"))
+        name = str(folder.relative_to(root))
+        if frames and len(sources) > before:
+            remarks.append((name, "pictures beside videos"))
+        elif frames:
+            remark = check_frames(frames)
+            remarks.extend([(name, remark)] if remark else [])
+            if not remark.startswith("mixed"):
+                sources.append(folder)
+        elif not files and not folders:
+            remarks.append((name, "empty folder"))
+    if root.is_dir():
+        visit(root)
+    return sorted(sources, key=natural_key), remarks
 
 def list_sky(data_dir, split):
     root = Path(data_dir) / "sky_timelapse" / f"sky_{split}"
-    paths, skipped = find_sources(root)
-    sources = [Source(p, f"sky_{split}/{p.relative_to(root)}", -1) for p in paths]
-    return Listing(sources, skipped, None, False)
+    paths, remarks = find_sources(root)
+    sources = [Source(p, f"sky_{split}/{p.relative_to(root)}", "") for p in paths]
+    return Listing(sources, remarks, None, False)
 
 def list_ucf101(data_dir, split):
     """UCF-101 by its official lists. Test lists carry no labels, so the folder tells the class.
@@ -248,7 +316,7 @@ def list_ucf101(data_dir, split):
     if not class_list.is_file() or not split_list.is_file():
         return Listing([], [], None, False)
     numbered = {}
-    for line in class_list.read_text(errors="replace").splitlines():
+    for line in read_lines(class_list):
         words = line.split()                                      # "1 ApplyEyeMakeup"
         if words and (len(words) != 2 or not words[0].isdigit()):
             raise UserError(f"{class_list} must hold lines of a number and a class, not {line!r}: "
@@ -256,42 +324,70 @@ def list_ucf101(data_dir, split):
         if words:
             numbered[int(words[0])] = words[1]
     classes = [numbered[number] for number in sorted(numbered)]
-    label_of = {name.lower(): label for label, name in enumerate(classes)}
-    sources, skipped = [], []
-    for line in split_list.read_text(errors="replace").splitlines():
-        if not line.strip():
-            continue
-        name = line.split()[0]                                    # "Bend/v_Bend_g01_c01.avi 1"
-        label = label_of.get(name.split("/")[0].lower())
+    class_of = {name.lower(): name for name in classes}
+    sources, remarks = [], []
+    for line in read_lines(split_list):                           # "Bend/v_Bend_g01_c01.avi 1"
+        name = line.replace("\\", "/").split()[0]
+        label = class_of.get(name.split("/")[0].lower())
         if label is None or ".." in Path(name).parts or not (root / name).is_file():
-            skipped.append((name, "listed, but not there"))
+            remarks.append((name, "listed, but not there"))
         else:
             sources.append(Source(root / name, name, label))
-    return Listing(sources, skipped, classes, False)
+    return Listing(sources, remarks, classes, False)
+
+def read_lines(path):
+    """The lines of a text file that are not empty, without a byte-order mark."""
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    return [line for line in lines if line.strip()]
+
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation"),
+}
+
+def split_folders(root):
+    """{"train": folder, "test": folder} if a folder has both, in any of their names; else {}"""
+    _, folders = list_folder_entries(root)
+    found = {}
+    for split, names in SPLIT_NAMES.items():
+        by_name = {folder.name.lower(): folder for folder in folders}
+        chosen = [by_name[name] for name in names if name in by_name]
+        if chosen:
+            found[split] = chosen[0]
+    if len(found) == 1:
+        known = " or ".join(SPLIT_NAMES["test"] if "train" in found else SPLIT_NAMES["train"])
+        print(f"note: {root} has a folder {[*found.values()][0].name}, but none called {known}: "
+              "it is not taken for a split")
+        return {}
+    unused = {f.name for f in folders} - {f.name for f in found.values()}
+    if found and unused:
+        print(f"note: the splits are {found['train'].name} and {found['test'].name}; not used: "
+              f"{', '.join(sorted(unused))}")
+    return found
 
 def list_folder(data, split):
-    """Any folder. train/ and test/, if both are there, are the splits; first-level folders that
-    hold all the videos are the classes, counted alike in both splits."""
+    """Any folder: its splits, if it has folders for them, and first-level folders as classes."""
     root = Path(data).expanduser()
     if not root.is_dir():
-        raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder")
-    has_splits = (root / "train").is_dir() and (root / "test").is_dir()
-    class_root = root / "train" if has_splits else root
-    root = root / split if has_splits else root
-    paths, skipped = find_sources(root)
-    inside = [p.relative_to(root).parts for p in paths]
-    first = {parts[0] for parts in inside if len(parts) > 1}
-    classes = None
-    if len(first) > 1 and all(len(parts) > 1 for parts in inside):
-        if has_splits:
-            first = {f.name for f in class_root.iterdir() if f.is_dir() and f.name[0] != "."}
-        classes = sorted(first, key=natural_key)
-    sources = []
-    for path, parts in zip(paths, inside):
-        label = classes.index(parts[0]) if classes and parts[0] in classes else -1
-        name = str(Path(split, *parts)) if has_splits else str(Path(*parts))
-        sources.append(Source(path, name, label))
-    return Listing(sources, skipped, classes, not has_splits)
+        raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder nor an "
+                        ".npy or .npz file")
+    files, folders = list_folder_entries(root)
+    while not files and len(folders) == 1:                        # as archives often unpack
+        root = folders[0]
+        files, folders = list_folder_entries(root)
+    splits = split_folders(root)
+    root = splits.get(split, root)
+    paths, remarks = find_sources(root)
+    names = [p.relative_to(root).as_posix() for p in paths]
+    loose = [name for name in names if "/" not in name and not (root / name).is_dir()]
+    labels = [name.split("/")[0] if "/" in name else "" for name in names]
+    if "" in labels or len(set(labels)) < 2:
+        where = f"{loose[0]} lies in no folder" if loose else "there are not two folders of videos"
+        print(f"no classes in {root}: {where}")
+        labels = [""] * len(names)
+    if splits:
+        names = [f"{split}/{name}" for name in names]
+    return Listing([*map(Source, paths, names, labels)], remarks, None, not splits)
 
 def list_sources(data, data_dir, split):
     """The Listing of one split of any set that has to be decoded."""
@@ -307,80 +403,189 @@ def expected(data, data_dir):
     return EXPECTED.get(data, EXPECTED["folder"]).format(root=root)
 
 # --------------------------------------------------------------------------------------------------
-# decoding, once, into the cache
-
-class Video(NamedTuple):
-    """A decoded video."""
-    name: str        # its path inside the set
-    label: int       # number of its class; -1: none
-    frames: int      # how many it has
-    path: Path       # the .npy file of its frames
-    index: int       # which video of that file it is; -1: the file is this video
-
-    def open(self):
-        """Its frames as a memory map, uint8 (frames, size, size, 3)"""
-        array = np.load(self.path, mmap_mode="r")
-        return array if self.index < 0 else array[self.index]
+# decoding: the one place where files become frames as a player shows them
 
 def read_frames(path, size):
     """Yield the frames of a video file, GIF or frame folder: uint8 (size, size, 3) each.
 
-    Raises UserError, whatever the decoder raised.
+    Raises UserError when it comes to something that cannot be decoded.
     """
     path, frame = Path(path), None
     try:
         if path.is_dir():
-            frames = (iio.imread(f, plugin="pillow", mode="RGB") for f in list_frames(path))
+            files = list_frames(path)
+            remark = check_frames(files)
+            if remark.startswith("mixed"):
+                raise ValueError(remark)
+            frames = (read_picture(file) for file in files)
         elif path.suffix.lower() == ".gif":
-            frames = iio.imiter(path, plugin="pillow", mode="RGB")
+            frames = ((on_black(frame), 1.0) for frame in
+                      iio.imiter(path, plugin="pillow", mode="RGBA"))
         else:
-            frames = iio.imiter(path, plugin="pyav", format="rgb24")
-        for frame in frames:
-            yield resize_crop(frame, size)
+            frames = read_video_file(path)
+        for frame, aspect in frames:
+            yield resize_crop(frame, size, aspect)
     except Exception as e:
-        raise UserError(f"cannot read {path}: {first_line(e)}")
+        raise UserError(f"cannot read {path}: {explain_decoder(e)}")
     if frame is None:
         raise UserError(f"cannot read {path}: no frames in it")
+
+def explain_decoder(e):
+    """What a decoder's error means."""
+    text = first_line(e)
+    if "Invalid data found" in text or "unrecognized image" in text:
+        return f"it is damaged, or not of the kind that its name says ({text})"
+    return text
+
+def read_picture(path):
+    """An image file as a viewer shows it -> uint8 (H, W, 3), 1.0
+
+    Turned as its EXIF data say, 16-bit grey scaled to 8 bits, transparent pixels black.
+    """
+    try:
+        with iio.imopen(path, "r", plugin="pillow") as file:
+            meta = file.metadata(index=0)
+            if meta["mode"].startswith("I"):                      # 16 bits
+                grey = file.read(index=0, rotate=True) // 257
+                return grey.astype(np.uint8)[..., None].repeat(3, -1), 1.0
+            if meta["mode"] in ("RGBA", "LA", "PA") or "transparency" in meta:
+                return on_black(file.read(index=0, mode="RGBA", rotate=True)), 1.0
+            return file.read(index=0, mode="RGB", rotate=True), 1.0
+    except Exception as e:
+        raise ValueError(f"{path.name}: {first_line(e)}")
+
+def on_black(frame):
+    """uint8 (H, W, 4), red, green, blue and alpha, over black -> (H, W, 3)"""
+    alpha = frame[..., 3:] / 255
+    return np.rint(frame[..., :3] * alpha).astype(np.uint8)
+
+def read_video_file(path):
+    """Yield (frame, width of a pixel / its height) of a video: uint8 (H, W, 3), turned and mirrored
+    as the file says. A picture attached to it, such as a cover, is not the video."""
+    with av.open(str(path)) as container:
+        streams = [s for s in container.streams.video if not is_cover(s)]
+        if not streams:
+            raise ValueError("no video stream in it")
+        streams[0].thread_type = "AUTO"
+        for frame in container.decode(streams[0]):
+            image = frame.to_ndarray(format="rgb24")
+            aspect = float(streams[0].sample_aspect_ratio or 1)
+            matrix = display_matrix(frame)                        # x' = a x + c y, y' = b x + d y
+            if matrix is not None:
+                (a, b), (c, d) = np.sign(np.round(matrix, 3)).astype(int)
+                if abs(a) == abs(b) or abs(a) != abs(d):
+                    raise ValueError("it is turned by an angle other than 90, 180 or 270 degrees")
+                if b:
+                    image, aspect = image.transpose(1, 0, 2), 1 / aspect
+                image = image[::b or d, ::c or a]
+            yield image, aspect
+
+def is_cover(stream):
+    return bool(stream.disposition & av.stream.Disposition.attached_pic)
+
+def display_matrix(frame):
+    """How a player has to turn the frame: float (2, 2), or None"""
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return None
+    return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536
 
 def read_video(path, size):
     """All frames of a video file, GIF or frame folder: uint8 (T, size, size, 3)."""
     return np.stack(list(read_frames(path, size)))
 
-def resize_crop(frame, size):
-    """uint8 (H, W, 3) -> (size, size, 3): short side resized with antialiasing, centre square."""
+def resize_crop(frame, size, aspect=1.0):
+    """uint8 (H, W, 3) -> (size, size, 3): short side resized with antialiasing, centre square.
+
+    aspect: width of a pixel divided by its height. The longer side may be 32 times the shorter one.
+    """
     H, W, _ = frame.shape
-    if max(H, W) > 32 * min(H, W):                               # resized, it would fill the memory
-        raise ValueError(f"a frame of {W} x {H} pixels")
-    if min(H, W) != size:
-        short = min(H, W)
-        H, W = round(H * size / short), round(W * size / short)
+    short, long = sorted((H, W * aspect))
+    if long > 32 * short:                                        # resized, it would fill the memory
+        raise ValueError(f"a frame of {W} x {H} pixels is more than 32 times as long as it is wide")
+    if short != size or aspect != 1:
+        H, W = round(H * size / short), round(W * aspect * size / short)
         x = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)           # (3, H, W)
         x = F.interpolate(x[None], (H, W), mode="bilinear", antialias=True)
         frame = x[0].permute(1, 2, 0).numpy()
     top, left = (H - size) // 2, (W - size) // 2
     return np.ascontiguousarray(frame[top:top + size, left:left + size])
 
+# --------------------------------------------------------------------------------------------------
+# the cache: each video is decoded once
+
+class Video(NamedTuple):
+    """A decoded video."""
+    name: str        # its path inside the set
+    class_name: str  # or ""
+    label: int       # number of its class; -1: none
+    frames: int      # how many it has
+    path: Path       # the .npy file of its frames
+    index: int       # which video of that file it is; -1: the file is this video
+
+    def open(self):
+        """Its frames as a memory map, uint8 (frames, H, W, 3 or 1)"""
+        array = np.load(self.path, mmap_mode="r")
+        return array if self.index < 0 else channels_last(array)[self.index]
+
+def channels_last(array):
+    """View an array of videos as (N, T, H, W, C); ValueError if its axes cannot be told apart.
+
+    Known are (N, T, H, W, 3), (N, 3, T, H, W) and (N, T, 3, H, W), each also with 1 channel or
+    without that axis; and (T, N, H, W), as in Moving MNIST, if N is ten times T or more.
+    """
+    if array.ndim == 4:
+        N, T, _, _ = array.shape
+        return (array.swapaxes(0, 1) if T >= 10 * N else array)[..., None]
+    for axis in (4, 1, 2):
+        if array.ndim == 5 and array.shape[axis] in (1, 3):
+            return np.moveaxis(array, axis, -1)
+    raise ValueError(f"an array of shape {array.shape}")
+
+def prepare_array(folder, path):
+    """The Videos of an .npy file, or of an .npz file with one array, which is unpacked first."""
+    try:
+        if path.suffix == ".npz":
+            stat = path.stat()
+            unpacked = folder / f"{path.stem}-{stat.st_size}-{stat.st_mtime_ns}.npy"
+            if open_array(unpacked, np.uint8) is None:
+                array, = np.load(path).values()                   # ValueError if there are several
+                with replacing(unpacked) as temporary, open(temporary, "wb") as file:
+                    np.save(file, array)
+            path = unpacked
+        array = np.load(path, mmap_mode="r")
+        if array.dtype != np.uint8:
+            raise ValueError(f"its values are {array.dtype}")
+        N, T, H, W, C = channels_last(array).shape
+    except Exception as e:                               # a damaged file can raise anything
+        raise UserError(f"cannot use {path} ({first_line(e)}): expected one array, uint8 from 0 to "
+                        "255, of shape (N, T, H, W, 3), (N, 3, T, H, W) or (N, T, H, W)")
+    print(f"{path.name}: {N} videos of {T} frames of {W} x {H}, {C} channels")
+    return [Video(f"{i}", "", -1, T, path.resolve(), i) for i in range(N)]
+
 def count_frames(path):
-    """Frames of a source without decoding it, for the disk estimate; 0 if it cannot be told."""
+    """About how many frames a source has, without decoding it; 0 if it cannot be told."""
     if path.is_dir():
         return len(list_frames(path))
-    plugin = "pillow" if path.suffix.lower() == ".gif" else "pyav"
     try:
-        return iio.improps(path, plugin=plugin).shape[0]
+        if path.suffix.lower() == ".gif":
+            return iio.improps(path, plugin="pillow").shape[0]
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            seconds = (container.duration or 0) / av.time_base    # webm and mkv do not count
+            return stream.frames or round(seconds * float(stream.guessed_rate or 0))
     except Exception:                                             # decoding will say what is wrong
         return 0
 
 def cache_folder(data, data_dir):
     """<data_dir>/cache, or runs/<data>/cache where the data folder cannot be written."""
-    folder = Path(data_dir) / "cache"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = output_folder(Path(data_dir) / "cache")
+        if os.access(folder, os.W_OK):
+            return folder
     except OSError:
         pass
-    if not os.access(f"{folder}/", os.W_OK):
-        folder = Path("runs") / run_name(data) / "cache"
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return output_folder(Path("runs") / run_name(data) / "cache")
 
 def cache_path(folder, source, size):
     """The cache file of a source. Its name holds all that determines its content: the path inside
@@ -401,48 +606,54 @@ def count_cached(path, size):
     return len(array)
 
 def decode(source, path, size):
-    """Decode a source into its cache file -> "", or what is wrong with it.
+    """Decode a source into its cache file -> a remark, "" if all is well.
 
     The frames are written one by one, so a long video needs no memory. Their number is known at
     the end, when the header is written again; numpy leaves room in it for a first axis that grows.
+    If a video breaks off, what came before is used.
     """
-    try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            def write_header(count):
-                shape = (count, size, size, 3)
-                header = dict(descr="|u1", fortran_order=False, shape=shape)
-                np.lib.format.write_array_header_1_0(file, header)
-            write_header(0)
-            count = 0
+    remark, count = "", 0
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        def write_header():
+            header = dict(descr="|u1", fortran_order=False, shape=(count, size, size, 3))
+            np.lib.format.write_array_header_1_0(file, header)
+        write_header()
+        try:
             for frame in read_frames(source.path, size):
                 file.write(frame)
                 count += 1
-            file.seek(0)
-            write_header(count)
-    except UserError as e:
-        return str(e).replace(f"cannot read {source.path}", "unreadable")
-    return ""
+        except UserError as e:
+            reason = str(e).partition(": ")[2]
+            remark = f"used up to a damage: {count} frames, then {reason}"
+            if not count:
+                remark = f"unreadable: {reason}"
+        file.seek(0)
+        write_header()
+    return remark
 
 def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
     """Decode one split into the cache, if it is not there yet.
 
-    Returns (list of Video, classes or None, whether the split is still to be divided into train
-    and test). Videos that cannot be read are counted and named. The cache holds one .npy file a
-    video, written under another name and then renamed: a file that exists is a finished one. So
-    an interrupted preparation goes on, several processes may prepare the same set at once, a
-    changed or added video is decoded, and all the others are not decoded again.
+    Returns (list of Video, still without labels; classes, or None; whether the split is still to
+    be divided into train and test). What cannot be read is counted and named.
+
+    The cache holds one .npy file a video, written under another name and then renamed: a file that
+    exists is a finished one. So an interrupted preparation goes on, several processes may prepare
+    the same set at once, and only added and changed videos are decoded again.
     """
     name = run_name(data)
     folder = cache_folder(data, data_dir)
     if data == "toy":
         return prepare_toy(folder, split, frames, size), TOY_CLASSES, False
+    if Path(data).suffix in (".npy", ".npz"):
+        return prepare_array(folder, Path(data).expanduser()), None, True
     if data not in SETS:                                          # folders of one name differ
         root = str(Path(data).expanduser().resolve())
         name += "-" + hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
     folder = folder / name
     folder.mkdir(exist_ok=True)
     listing = list_sources(data, data_dir, split)
-    sources, skipped = listing.sources, list(listing.skipped)
+    sources, remarks = listing.sources, list(listing.remarks)
     paths = [cache_path(folder, source, size) for source in sources]
     frames = [count_cached(path, size) for path in paths]
     missing = [i for i, count in enumerate(frames) if not count]
@@ -453,18 +664,17 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
             try:
                 bar = tqdm(jobs, desc=f"{name} {split}", unit=" videos")
                 for job, i in zip(bar, missing):
-                    wrong = job.result()
-                    if wrong:
-                        skipped.append((sources[i].name, wrong))
-                    else:
-                        frames[i] = count_cached(paths[i], size)
+                    remark = job.result()
+                    frames[i] = count_cached(paths[i], size)
+                    if remark:
+                        remarks.append((sources[i].name, remark))
             finally:
                 pool.shutdown(cancel_futures=True)
-    report_skipped(f"{name} {split}", skipped)
+    report(f"{name} {split}", remarks)
     videos = []
     for source, path, count in zip(sources, paths, frames):
         if count:
-            videos.append(Video(source.name, source.label, count, path, -1))
+            videos.append(Video(source.name, source.label, -1, count, path, -1))
     if not videos:
         raise UserError(f"no usable video for --data {data} ({split} split): "
                         f"{expected(data, data_dir)}")
@@ -485,15 +695,16 @@ def check_disk(folder, need, what):
                         f"needed, {free / 1e9:.2f} GB free; free some, lower --size, or choose "
                         "another --data_dir")
 
-def report_skipped(what, skipped):
-    """Count and name the videos that are not used, by reason. skipped: (name, "reason: more")"""
-    by_reason = {}
-    for name, reason in skipped:
-        kind, _, more = reason.partition(": ")
-        by_reason.setdefault(kind, []).append(f"{name} ({more})" if more else name)
-    for kind, names in sorted(by_reason.items()):
+def report(what, remarks):
+    """Count and name the videos that are not used, or not whole. remarks: (name, "kind: more")"""
+    by_kind = {}
+    for name, remark in remarks:
+        kind, _, more = remark.partition(": ")
+        by_kind.setdefault(kind, []).append(f"{name} ({more})" if more else name)
+    for kind, names in sorted(by_kind.items()):
+        verb = "" if kind.startswith("used") else "skipped "
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        print(f"{what}: skipped {len(names)} {kind}: {', '.join(names[:8])}{more}")
+        print(f"{what}: {verb}{len(names)} {kind}: {', '.join(names[:8])}{more}")
 
 # --------------------------------------------------------------------------------------------------
 # batches
@@ -530,13 +741,29 @@ class Videos:
         self.size, self.frames, self.stride = size, frames, stride
         self.flip, self.crop = flip, crop or size
         self.span = (frames - 1) * stride + 1                     # frames from first to last
-        found, self.classes, held_out = prepare(data, data_dir, split, size, frames * stride)
-        self.videos = [v for v in found if v.frames >= self.span]
-        short = [(v.name, f"too short: {v.frames} of {self.span} frames") for v in found
-                 if v.frames < self.span]
-        report_skipped(f"{run_name(data)} {split}", short)
-        if held_out:
-            self.videos = hold_out(self.videos, split)
+        found, classes, held_out = prepare(data, data_dir, split, size, frames * stride)
+        usable, remarks = [], []
+        for v in found:
+            if v.frames >= self.span:
+                usable.append(v)
+            else:
+                remarks.append((v.name, f"too short: {v.frames} of {self.span} frames"))
+        videos = hold_out(usable, split) if held_out else usable
+        if classes is None:                                       # those of the training videos
+            train = videos
+            if split != "train":
+                train = hold_out(usable, "train") if held_out else Videos(
+                    data, data_dir, "train", size, frames, stride).videos
+            classes = sorted({v.class_name for v in train} - {""}, key=natural_key)
+            if split == "train" and classes:
+                print(f"{len(classes)} classes: {', '.join(classes)}")
+        label_of = {name: label for label, name in enumerate(classes)}
+        self.classes = classes or None
+        self.videos = [v._replace(label=label_of.get(v.class_name, -1)) for v in videos]
+        for v in self.videos:
+            if classes and v.label < 0:
+                remarks.append((v.name, "used without a label: no such class in the train split"))
+        report(f"{run_name(data)} {split}", remarks)
         if not self.videos:
             raise UserError(f"no video of --data {data} ({split} split) has the {self.span} frames "
                             f"that --frames {frames} --stride {stride} need: lower them")
@@ -551,8 +778,12 @@ class Videos:
         return self.videos[i].frames - self.span + 1
 
     def window(self, i, start=0):
-        """Frames start, start + stride, ... of video i: uint8 (T, H, W, 3)."""
-        return self.videos[i].open()[start:start + self.span:self.stride]
+        """Frames start, start + stride, ... of video i: uint8 (T, size, size, 3)."""
+        clip = self.videos[i].open()[start:start + self.span:self.stride]
+        if clip.shape[1:] != (self.size, self.size, 3):           # of an array of one's own
+            clip = clip.repeat(3 // clip.shape[-1], -1)
+            clip = np.stack([resize_crop(frame, self.size) for frame in clip])
+        return clip
 
     def batch(self, n, rng):
         """n random windows of random videos: uint8 tensor (n, T, H, W, 3), labels (n,).
@@ -603,6 +834,8 @@ class UserError(Exception):
 
 def run_main(main):
     """Call main(). Every failure that a user can cause ends in one line on stderr and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")             # names that are no UTF-8
     if RANK:
         sys.stdout = open(os.devnull, "w")                        # process 0 prints for all
     try:
@@ -681,7 +914,7 @@ def parse_flags(Config, presets={}, argv=None):
     flags = vars(parser.parse_args(argv))
     set_name = run_name(flags.get("data", Config.data))           # a folder can have a preset too
     values = {**defaults, **SETS.get(set_name, {}), **presets.get(set_name, {})}
-    if flags.get("pixels"):
+    if flags.get("pixels"):                                       # a preset that comes with a flag
         values |= presets["pixels"]
     for name, value in flags.items():
         zero_is_fine = isinstance(value, float) or defaults[name] == 0 or name in MAY_BE_ZERO
@@ -692,11 +925,15 @@ def parse_flags(Config, presets={}, argv=None):
         print(f"  --{name} {value}   (instead of {values.get(name)})")
     return Config(**{name: flags.get(name, values[name]) for name in defaults})
 
-MAY_BE_ZERO = ("num_latents", "grid")
+MAY_BE_ZERO = ("num_latents", "grid")                             # though not by default
 
 def run_name(data):
     """The name of a set in runs/ and in the cache: toy, sky, ucf101, or a path's last part."""
-    return data if data in SETS else Path(data).expanduser().resolve().name
+    if data in SETS:
+        return data
+    path = Path(data).expanduser().resolve()
+    name = path.stem if path.suffix in (".npy", ".npz") else path.name
+    return f"{name}-folder" if name in SETS else name             # ./sky is not sky
 
 # ---- device and processes ----
 
@@ -898,7 +1135,7 @@ class Run:
     def __init__(self, path, cfg):
         self.path, self.log_path = Path(f"{path}.pt"), Path(f"{path}.jsonl")
         self.fresh = cfg.fresh
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        output_folder(self.path.parent)
         self.lock = self.lock_folder()
         self.device, self.autocast = pick_device(cfg.device, cfg.dtype)
         start_processes(self.device)
@@ -1099,7 +1336,7 @@ class Run:
 
 @dataclass
 class Config:
-    data: str = "toy"            # toy, sky, ucf101, or a folder of videos
+    data: str = "toy"            # toy, sky, ucf101, a folder of videos, or an .npy file
     data_dir: str = "datasets"   # where the raw sets and the caches lie
     size: int = 128              # pixels a side
     frames: int = 16             # frames of a clip
@@ -1113,7 +1350,7 @@ def main():
         print(f"{split}: {len(videos)} videos, {frames} frames, "
               f"{frames * cfg.size ** 2 * 3 / 1e9:.2f} GB, {len(videos.classes or [])} classes")
         if split == "train":
-            preview = Path("runs") / run_name(cfg.data) / "data.gif"
+            preview = output_folder(Path("runs") / run_name(cfg.data)) / "data.gif"
             clips, _ = videos.fixed(min(len(videos), 24))
             save_grid(preview, clips.numpy(), columns=6)
             print(f"preview: {preview}")
