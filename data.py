@@ -6,7 +6,9 @@ handful of random windows read from those files, so nothing is decoded while a n
     python data.py                                  # the toy set: drawn in seconds, no download
     python data.py --data sky                       # Sky Timelapse in datasets/sky_timelapse
     python data.py --data ucf101                    # UCF-101 in datasets/UCF-101
+    python data.py --data sky --download            # ... fetched first
     python data.py --data ~/my_videos --size 64     # any folder of videos, GIFs or frame folders
+    python data.py --data clips.npy --size 64       # an array of videos, uint8 (N, T, H, W, 3)
 
 Each command prepares the cache and writes a preview GIF. It can be interrupted and run again.
 Videos are float (B, 3, T, H, W) in [-1, 1] inside the networks, uint8 (N, T, H, W, 3) outside.
@@ -16,6 +18,7 @@ import atexit
 import difflib
 import errno
 import hashlib
+import http.client
 import inspect
 import json
 import math
@@ -26,7 +29,11 @@ import signal
 import sys
 import time
 import traceback
+import urllib.error
+import urllib.request
 import warnings
+import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +41,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import av                                # PyAV, imageio's plug-in for videos
 import imageio.v3 as iio
 import numpy as np
 import torch
@@ -56,16 +62,21 @@ SETS = {                                 # properties of a set, whatever is trai
     "sky":    dict(frames=16, size=128, stride=1),
     "ucf101": dict(frames=16, size=128, stride=1),
 }
+DOWNLOADS = {                            # zip archives: URL, sha256 if one is published
+    "sky": [("https://huggingface.co/datasets/maxin-cn/SkyTimelapse/resolve/main/sky_timelapse.zip",
+             "")],
+    "ucf101": [("https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",
+                "5c0d1a53b8ed364a2ac830a73f405e51bece7d98ce1254fd19ed4a36b224bd27"),
+               ("https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",
+                "dabf56f573cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d")],
+}
 EXPECTED = {                             # what an error says when there is no usable video
     "sky": "expected {root}/sky_timelapse/sky_train/<clip>/.../*.jpg and sky_test/ likewise. "
-           "Get it from the Hugging Face data set maxin-cn/SkyTimelapse or Google Drive id "
-           "1xWLiU-MBGN7MrsFHQm4_yXmfHBsMbJQo, and unpack it there.",
+           "Fetch it with python data.py --data sky --download, or by hand from Google Drive id "
+           "1xWLiU-MBGN7MrsFHQm4_yXmfHBsMbJQo.",
     "ucf101": "expected {root}/UCF-101/<Class>/*.avi and {root}/ucfTrainTestlist/trainlist01.txt. "
-              "Get UCF101.rar (6.5 GB) and the split lists at "
-              "https://www.crcv.ucf.edu/data/UCF101.php, or UCF101_videos.zip "
-              "(6,960,400,115 bytes, sha256 "
-              "dabf56f573cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d) at "
-              "https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",
+              "Fetch both with python data.py --data ucf101 --download, or by hand from "
+              "https://www.crcv.ucf.edu/data/UCF101.php.",
     "folder": "expected videos (mp4, avi, mov, webm, mkv, gif) or folders of JPEG/PNG frames in "
               "{root}; first-level folders that hold them are classes; train/ and test/ folders, "
               "if both are there, are the splits. Or an .npy file of uint8 (N, T, H, W, 3).",
@@ -403,6 +414,82 @@ def expected(data, data_dir):
     return EXPECTED.get(data, EXPECTED["folder"]).format(root=root)
 
 # --------------------------------------------------------------------------------------------------
+# downloading a set
+
+UNPACK = [                               # a member of an archive, and where it goes in data_dir
+    (r"(.*/)?(v_HandStandPushups_.+\.avi)", r"UCF-101/HandstandPushups/\2"),    # as in the lists
+    (r"(.*/)?(v_(\w+)_g\d+_c\d+\.avi)", r"UCF-101/\3/\2"),
+    (r"(.*/)?((classInd|trainlist\d+|testlist\d+)\.txt)", r"ucfTrainTestlist/\2"),
+    (r"(.*/)?(sky_(train|test)/.+)", r"sky_timelapse/\2"),
+]
+
+def download(data, data_dir):
+    """Fetch the archives of a set into data_dir, verify them, unpack what belongs to the set."""
+    if data not in DOWNLOADS:
+        raise UserError(f"--download is for --data {' and '.join(DOWNLOADS)}")
+    folder = Path(data_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for url, sha256 in DOWNLOADS[data]:
+        archive = folder / Path(url).name
+        if not archive.exists():
+            fetch(url, archive, sha256)
+        unpack(archive, folder)
+        print(f"unpacked {archive}, which can be deleted now")
+
+def fetch(url, path, sha256):
+    """Download a file; an interrupted download goes on where it stopped."""
+    part = path.with_name(f"{path.name}.part")
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if response.status != 206:                            # the server begins anew
+                done = 0
+            total = done + int(response.headers["Content-Length"])
+            check_disk(path.parent, total - done, path.name)
+            with open(part, "ab" if done else "wb") as file:
+                bar = tqdm(initial=done, total=total, desc=path.name, unit="B", unit_scale=True)
+                while block := response.read(2 ** 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as e:
+        raise UserError(f"cannot fetch {url}: {first_line(e)}. The same command goes on from here; "
+                        f"or put the file at {path} yourself")
+    if part.stat().st_size < total:
+        raise UserError(f"{url} broke off after {part.stat().st_size} of {total} bytes: the same "
+                        "command goes on from here")
+    digest = hashlib.sha256()
+    with open(part, "rb") as file:
+        while block := file.read(2 ** 20):
+            digest.update(block)
+    if sha256 and digest.hexdigest() != sha256:
+        part.unlink()
+        raise UserError(f"{url} is not the file that it was: its sha256 is {digest.hexdigest()}, "
+                        f"not {sha256}. It was deleted; try again, or look for another copy")
+    part.replace(path)
+
+def unpack(archive, folder):
+    """Unpack the members of a zip archive that belong to a set; their CRCs are checked."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for member in tqdm(file.infolist(), desc=f"unpacking {archive.name}"):
+                if member.filename.startswith("/") or ".." in Path(member.filename).parts:
+                    raise UserError(f"{archive}: its member {member.filename} points outside the "
+                                    "folder; delete it and look for another copy")
+                for pattern, place in UNPACK:
+                    match = re.fullmatch(pattern, member.filename)
+                    if match and not member.is_dir():
+                        target = folder / match.expand(place)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        with replacing(target) as temporary:
+                            with file.open(member) as source, open(temporary, "wb") as copy:
+                                shutil.copyfileobj(source, copy)
+                        break
+    except (zipfile.BadZipFile, EOFError, zlib.error) as e:
+        raise UserError(f"{archive} is damaged ({first_line(e)}): delete it, then run the same "
+                        "command again")
+
+# --------------------------------------------------------------------------------------------------
 # decoding: the one place where files become frames as a player shows them
 
 def read_frames(path, size):
@@ -462,8 +549,10 @@ def on_black(frame):
 def read_video_file(path):
     """Yield (frame, width of a pixel / its height) of a video: uint8 (H, W, 3), turned and mirrored
     as the file says. A picture attached to it, such as a cover, is not the video."""
+    import av                                     # PyAV, imageio's plug-in; arrays need none
     with av.open(str(path)) as container:
-        streams = [s for s in container.streams.video if not is_cover(s)]
+        cover = av.stream.Disposition.attached_pic
+        streams = [s for s in container.streams.video if not s.disposition & cover]
         if not streams:
             raise ValueError("no video stream in it")
         streams[0].thread_type = "AUTO"
@@ -479,9 +568,6 @@ def read_video_file(path):
                     image, aspect = image.transpose(1, 0, 2), 1 / aspect
                 image = image[::b or d, ::c or a]
             yield image, aspect
-
-def is_cover(stream):
-    return bool(stream.disposition & av.stream.Disposition.attached_pic)
 
 def display_matrix(frame):
     """How a player has to turn the frame: float (2, 2), or None"""
@@ -570,6 +656,7 @@ def count_frames(path):
     try:
         if path.suffix.lower() == ".gif":
             return iio.improps(path, plugin="pillow").shape[0]
+        import av
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             seconds = (container.duration or 0) / av.time_base    # webm and mkv do not count
@@ -653,7 +740,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
     folder = folder / name
     folder.mkdir(exist_ok=True)
     listing = list_sources(data, data_dir, split)
-    sources, remarks = listing.sources, list(listing.remarks)
+    sources, remarks = [*dict.fromkeys(listing.sources)], list(listing.remarks)
     paths = [cache_path(folder, source, size) for source in sources]
     frames = [count_cached(path, size) for path in paths]
     missing = [i for i, count in enumerate(frames) if not count]
@@ -768,6 +855,9 @@ class Videos:
             raise UserError(f"no video of --data {data} ({split} split) has the {self.span} frames "
                             f"that --frames {frames} --stride {stride} need: lower them")
         rows = "".join(f"{v.path.name} {v.index} {v.label}\n" for v in self.videos)
+        if data not in SETS and self.videos[0].index >= 0:        # an array may be written again
+            stat = self.videos[0].path.stat()
+            rows += f"{stat.st_size} {stat.st_mtime_ns}"
         self.fingerprint = hashlib.sha256(rows.encode()).hexdigest()
 
     def __len__(self):
@@ -922,7 +1012,9 @@ def parse_flags(Config, presets={}, argv=None):
             parser.error(f"argument --{name}: {value} is too small")
         if isinstance(value, str) and value.startswith("~"):
             flags[name] = os.path.expanduser(value)
-        print(f"  --{name} {value}   (instead of {values.get(name)})")
+        print(f"  --{name} {flags[name]}   (instead of {values.get(name)})")
+    if "data" in flags and flags["data"] not in SETS:             # videos/ and videos are one set
+        flags["data"] = os.path.abspath(flags["data"])
     return Config(**{name: flags.get(name, values[name]) for name in defaults})
 
 MAY_BE_ZERO = ("num_latents", "grid")                             # though not by default
@@ -1013,6 +1105,14 @@ def wait_for_all():
     """Go on when all processes have come here."""
     if WORLD > 1:
         dist.barrier()
+
+def gather(x):
+    """[x of process 0, x of process 1, ...]"""
+    shares = [None] * WORLD
+    if WORLD == 1:
+        return [x]
+    dist.all_gather_object(shares, x)
+    return shares
 
 def all_reduce_sum(x):
     """The sum of x over all processes, in place; no gradient flows through it."""
@@ -1119,8 +1219,11 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"there is no {path}: train it first (python vqgan3d.py --data ..., then "
                         "python diffusion.py --data ...)")
     except Exception as e:                               # a damaged file can raise anything
-        raise UserError(f"{path} is not a usable checkpoint ({first_line(e)}): delete it, or train "
-                        "anew with --fresh")
+        reason = first_line(e)
+        if "weights_only" in str(e).lower():
+            reason = "it holds more than tensors and plain values, and is not executed"
+        raise UserError(f"{path} is not a usable checkpoint ({reason}): delete it, or train anew "
+                        "with --fresh")
 
 # ---- a training run ----
 
@@ -1170,6 +1273,8 @@ class Run:
             checkpoint = load_checkpoint(self.path)
             then = vars(type(cfg)()) | checkpoint["config"]
             changed = [name for name, value in vars(cfg).items() if value != then[name]]
+            if run_name(cfg.data) == run_name(then["data"]):      # the folder may have been moved
+                changed = [name for name in changed if name != "data"]
             differ = [f"--{n} {then[n]} (now {getattr(cfg, n)})" for n in changed if n in fixed]
             if differ:
                 raise UserError(f"{self.path} was trained with {', '.join(differ)}: give the same "
@@ -1189,6 +1294,12 @@ class Run:
                 temporary.write_bytes(b"".join(rows))
             self.num_rows = len(rows)
         return checkpoint
+
+    def compare_data(self, checkpoint, videos):
+        """Say so if the training videos are not those of the checkpoint."""
+        if checkpoint and checkpoint["fingerprint"] != videos.fingerprint:
+            print(f"note: the training videos of {videos.data} are not those that this run began "
+                  "with: some were added, removed, changed, or copied anew")
 
     def compare_steps(self, checkpoint):
         """All processes must go on from the same step: their run folder must be the same one."""
@@ -1341,9 +1452,12 @@ class Config:
     size: int = 128              # pixels a side
     frames: int = 16             # frames of a clip
     stride: int = 1              # frames of the video from one frame of a clip to the next
+    download: bool = False       # first fetch the set: sky, or ucf101 (7 GB)
 
 def main():
     cfg = parse_flags(Config)
+    if cfg.download:
+        download(cfg.data, cfg.data_dir)
     for split in ("train", "test"):
         videos = Videos(cfg.data, cfg.data_dir, split, cfg.size, cfg.frames, cfg.stride)
         frames = sum(v.frames for v in videos.videos)

@@ -38,7 +38,7 @@ from vqgan3d import Conv3d, build_vqgan, cosine_lr, make_optimizers
 
 @dataclass
 class Config:
-    data: str = "toy"             # toy, sky, ucf101, or a folder of videos
+    data: str = "toy"             # toy, sky, ucf101, a folder of videos, or an .npy file
     data_dir: str = "datasets"    # where the raw sets and the caches lie
     out: str = ""                 # folder of this run; empty: runs/<data>, or runs/<data>-pixels
     vqgan: str = ""               # the stage-1 checkpoint; empty: vqgan.pt in the run's folder
@@ -611,7 +611,7 @@ def encode_dataset(model, videos, n, folder, autocast):
     shape = n, *model.shape
     z = open_array(path, np.float16)
     if z is None or z.shape != shape:
-        for old in folder.glob("latents-*.npy"):
+        for old in folder.glob("latents-*"):
             old.unlink()
         with replacing(path) as temporary:
             z = new_array(temporary, np.float16, shape)
@@ -649,6 +649,8 @@ def load_stage1(cfg, checkpoint, out, device):
     c = stage1["config"]
     print(f"inherited from stage 1, trained for {stage1['step']} steps: {c['frames']} frames of "
           f"{c['size']} x {c['size']}, stride {c['stride']}")
+    if stage1["step"] < c["steps"]:
+        print(f"note: stage 1 stopped before its {c['steps']} steps; vqgan3d.py goes on with them")
     if run_name(c["data"]) != run_name(cfg.data):
         print(f"note: stage 1 was trained on {c['data']}, this stage is on {cfg.data}")
     return stage1, build_vqgan(stage1, device)
@@ -779,6 +781,7 @@ def main():
             opt.load_state_dict(state)
         model.set_statistics(*checkpoint["statistics"])
         run.scaler.load_state_dict(checkpoint["scaler"])
+        run.compare_data(checkpoint, train)
     elif stage1:
         model.set_statistics(*latents.statistics(cfg.seed))
 
@@ -794,6 +797,7 @@ def main():
             vqgan=stage1,
             classes=train.classes,
             clip=model.clip,
+            fingerprint=train.fingerprint,
         )
 
     held_out = HeldOut(model, latents, test)
@@ -815,19 +819,19 @@ def main():
                 save(step)
         if step == cfg.steps:
             break
+        if step > start and run.stop_requested(step):
+            save(step)
+            print(f"stopped after step {step} and saved {run.path}; the same command goes on")
+            return
 
         # one optimiser step; every random draw of it follows from (seed, step)
         torch.manual_seed(cfg.seed * 1_000_003 + step)           # of dropout
         losses, u = train_step(cfg, unet, model, opts, next(batches), latents, step, run)
 
-        # log, and stop if asked to
+        # log
         history.append((losses, u))
         run.log(step, dict(loss=losses.mean()), **loss_by_time(history),
                 lr=opts[0].param_groups[0]["lr"])
-        if run.stop_requested(step):
-            save(step + 1)
-            print(f"stopped after step {step + 1} and saved {run.path}; the same command goes on")
-            return
     print(f"done: {run.path}, the log {run.log_path}, samples {out / 'diffusion.gif'}")
 
 # --------------------------------------------------------------------------------------------------

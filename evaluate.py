@@ -36,17 +36,18 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import (UserError, Videos, cache_folder, find_sources, first_line, parse_flags,
-                  pick_device, read_frames, replacing, run_main, run_name, save_grid, to_float,
-                  to_uint8)
+from data import (RANK, WORLD, UserError, Videos, cache_folder, find_sources, first_line, gather,
+                  parse_flags, pick_device, read_frames, replacing, report, run_main, run_name,
+                  save_grid, start_processes, to_float, to_uint8)
 
 @dataclass
 class Config:
-    data: str = "toy"             # the real set: toy, sky, ucf101, or a folder of videos
+    data: str = "toy"             # real set: toy, sky, ucf101, a folder of videos, or an .npy file
     data_dir: str = "datasets"    # where the raw sets and the caches lie
     out: str = ""                 # folder of the JSON; empty: runs/<data>, or that of --vqgan
     # what is measured
     fake: str = ""                # samples: .npy, .npz or a folder; empty: runs/<data>/samples.npy
+    real: str = ""                # a set like --fake to compare with, instead of real videos
     floor: bool = False           # instead, compare clips of two disjoint halves of the real videos
     vqgan: str = ""               # instead, measure the reconstructions of this stage-1 checkpoint
     # the protocol
@@ -64,7 +65,7 @@ class Config:
     dtype: str = "float32"        # of I3D: float32, as in the papers, or bfloat16, which is faster
 
 # --------------------------------------------------------------------------------------------------
-# the metrics of sets: functions of features, in float64
+# the metrics of sets: functions of features; float64, and their inputs are not changed
 
 def frechet_distance(real, fake):
     """FVD, from features (N, D) and (M, D): the Frechet distance of two Gaussians (Unterthiner et
@@ -131,18 +132,18 @@ def inception_score(probabilities):
     return float(np.exp(kl.mean()))
 
 # --------------------------------------------------------------------------------------------------
-# the metrics of pairs: videos (B, 3, T, H, W) in [0, 255] and their reconstructions -> (B,)
+# the metrics of reconstructions: x, y (B, 3, T, H, W) in [0, 255] -> (B,)
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB, of a whole video at once."""
+    """Peak signal-to-noise ratio in dB, from the squared error of a whole video."""
     mse = (x - y).square().flatten(1).mean(1)
     return 10 * torch.log10(255 ** 2 / mse.clamp(min=1e-10))
 
 def ssim(x, y):
     """Structural similarity (Wang et al. 2004, eq. 13), averaged over pixels, channels and frames.
 
-    1 means equal. With the Gaussian window of the paper, 11 x 11 pixels with a standard deviation
-    of 1.5, where it lies inside the frame.
+    At most 1, if the two are equal. Statistics are weighted by the Gaussian window of the paper, of
+    11 x 11 pixels and standard deviation 1.5, at all positions where it lies inside the frame.
     """
     B, _, _, H, W = x.shape
     g = torch.exp(-(torch.arange(11, device=x.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
@@ -186,14 +187,20 @@ def resize(x, size, align_corners):
 def network_outputs(network, videos, batch_size, desc=None, dtype="float32"):
     """What a frozen network computes of uint8 videos (N, T, H, W, 3): float64 (N, outputs).
 
-    Batch by batch, so that memory does not grow with N.
+    It computes one batch after the other, so that memory does not grow with N. Of several processes
+    each computes a share.
     """
     device = next(network.parameters()).device
+    share = Subset(videos, range(RANK, len(videos), WORLD))
     outputs = []
-    for x in batches(videos, batch_size, device, desc):                      # (B, 3, T, H, W)
+    for x in batches(share, batch_size, device, desc):                       # (B, 3, T, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            outputs.append(network(x).cpu().double())
-    return torch.cat(outputs).numpy()
+            outputs.append(network(x).cpu().double().numpy())
+    shares = gather(np.concatenate(outputs))
+    result = np.empty((len(videos), *shares[0].shape[1:]))
+    for rank, values in enumerate(shares):
+        result[rank::WORLD] = values
+    return result
 
 def i3d_logits(model, videos, batch_size=4, desc=None, dtype="float32"):
     """The features of FVD and KVD: the 400 Kinetics logits of I3D, float64 (N, 400).
@@ -204,7 +211,7 @@ def i3d_logits(model, videos, batch_size=4, desc=None, dtype="float32"):
     return network_outputs(model, videos, batch_size, desc, dtype)
 
 # --------------------------------------------------------------------------------------------------
-# the two sets: samples in files, and real clips
+# the two sets: samples, and real clips
 
 def open_samples(path, frames, size):
     """The first frames of each clip of a sample set: uint8 array (N, frames, H, W, 3).
@@ -231,7 +238,8 @@ def open_samples(path, frames, size):
 
 def read_folder(folder, frames, size):
     """open_samples() of a folder; all clips are held in memory."""
-    sources, _ = find_sources(folder)
+    sources, remarks = find_sources(folder)
+    report(folder, remarks)
     if not sources:
         raise UserError(f"no video and no folder of frames in {folder}")
     clips = []
@@ -251,9 +259,9 @@ def read_settings(path):
     return {}
 
 class Windows:
-    """n random windows of a data.Videos, uint8 (T, H, W, 3) each, that are read when needed.
+    """n random windows of a data.Videos: windows[k] is read when asked for, uint8 (T, H, W, 3).
 
-    half: 0 or 1, to draw from one half of the videos only
+    half: 0 or 1 draws from one of two disjoint halves of the videos; None from all of them.
     """
     def __init__(self, videos, n, seed, half=None):
         among = None
@@ -275,10 +283,10 @@ def count_windows(videos):
 def real_logits(model, videos, n, seed, half, batch_size, data_dir, dtype):
     """I3D logits of Windows(videos, n, seed, half): float64 (n, 400).
 
-    They are kept in the cache of the set. The file's name holds all that determines them.
+    They are kept in the cache, in a file whose name is a hash of all that determines them.
     """
     weights = nn.utils.parameters_to_vector(model.parameters()).cpu().numpy()
-    key = videos.fingerprint, videos.frames, videos.stride, n, seed, half, dtype
+    key = (videos.fingerprint, videos.size, videos.frames, videos.stride, n, seed, half, dtype)
     digest = hashlib.sha256(repr(key).encode() + weights.tobytes()).hexdigest()[:16]
     name = f"{run_name(videos.data)}-{videos.split}"
     path = cache_folder(videos.data, data_dir) / f"{name}-i3d-{digest}.npy"
@@ -311,9 +319,13 @@ def evaluate_samples(cfg, device):
     samples = open_samples(path, cfg.frames, cfg.size)
     settings = read_settings(path)
     n = min(cfg.n, len(samples))
-    videos, i3d = open_real(cfg, device)
-    warnings = check_count(n, count_windows(videos))
-    warnings += check_samples(cfg, samples, settings)
+    if cfg.real:
+        reference = open_samples(cfg.real, cfg.frames, cfg.size)
+        n = available = min(n, len(reference))
+    else:
+        videos = open_real(cfg)
+        available = count_windows(videos)
+    warnings = check_count(n, available) + check_samples(cfg, samples, settings)
 
     # each run has samples of its own, if there are enough; otherwise all runs share them
     sets = cfg.runs
@@ -324,16 +336,21 @@ def evaluate_samples(cfg, device):
     order = np.random.default_rng(0).permutation(len(samples))   # files are often sorted by class
     samples = Subset(samples, order[:sets * n])
 
+    i3d = load_i3d(cfg.i3d).to(device)
+    c3d = load_c3d(cfg.c3d).to(device) if cfg.c3d else None
     fake = i3d_logits(i3d, samples, cfg.batch_size, "samples", cfg.dtype)
     fake = fake.reshape(sets, n, -1)                                         # (sets, n, 400)
     options = cfg.batch_size, cfg.data_dir, cfg.dtype
     pairs = []
     for run in range(cfg.runs):
-        real = real_logits(i3d, videos, n, run, None, *options)
+        if cfg.real:
+            chosen = np.random.default_rng(run).permutation(len(reference))[:n]
+            real = i3d_logits(i3d, Subset(reference, chosen), cfg.batch_size, cfg.real, cfg.dtype)
+        else:
+            real = real_logits(i3d, videos, n, run, None, *options)
         pairs.append((real, fake[run % sets]))
     metrics = compare_sets(cfg, pairs, "samples")
-    if cfg.c3d:
-        c3d = load_c3d(cfg.c3d).to(device)
+    if c3d:
         p = network_outputs(c3d, samples, cfg.batch_size, "samples, C3D")    # (sets * n, 101)
         scores = [inception_score(rows) for rows in p.reshape(sets, n, -1)]
         metrics.append(Metric("IS", scores, f"C3D of UCF-101; {n} samples"))
@@ -344,10 +361,11 @@ def evaluate_floor(cfg, device):
 
     No samples can be expected to get a lower FVD.
     """
-    videos, i3d = open_real(cfg, device)
+    videos = open_real(cfg)
     if len(videos) < 2:
         raise UserError(f"--floor needs at least two videos, and --data {cfg.data} has one")
     warnings = check_count(cfg.n, count_windows(videos) // 2)
+    i3d = load_i3d(cfg.i3d).to(device)
     options = cfg.batch_size, cfg.data_dir, cfg.dtype
     pairs = []
     for run in range(cfg.runs):
@@ -356,18 +374,16 @@ def evaluate_floor(cfg, device):
         pairs.append((real, fake))
     return Evaluation(compare_sets(cfg, pairs, "other windows"), warnings, {})
 
-def open_real(cfg, device):
-    """-> the real videos, the train split of --data; I3D"""
-    if cfg.frames < 10 or (cfg.c3d and cfg.frames != 16):
-        raise UserError(f"--frames {cfg.frames}: I3D needs at least 10 frames, C3D exactly 16")
-    videos = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride)
-    return videos, load_i3d(cfg.i3d).to(device)
+def open_real(cfg):
+    """The real videos: the train split of --data"""
+    return Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride)
 
 def compare_sets(cfg, pairs, fake_name):
-    """[FVD, KVD] of pairs of real and fake logits, one pair for each run"""
+    """FVD and KVD of pairs (real, fake) of logits, one pair for each run -> list of Metric"""
     n = len(pairs[0][0])
-    protocol = (f"I3D logits in {cfg.dtype}; {n} {fake_name} against {n} {run_name(cfg.data)} "
-                f"train windows, stride {cfg.stride}; {cfg.frames} frames, {cfg.size}x{cfg.size}")
+    real_name = cfg.real or f"{run_name(cfg.data)} train windows, stride {cfg.stride}"
+    protocol = (f"I3D logits in {cfg.dtype}; {n} {fake_name} against {n} {real_name}; "
+                f"{cfg.frames} frames, {cfg.size}x{cfg.size}")
     fvd = [frechet_distance(real, fake) for real, fake in pairs]
     kvd = [kernel_distance(real, fake) for real, fake in pairs]
     return [Metric("FVD", fvd, protocol), Metric("KVD", kvd, protocol)]
@@ -385,7 +401,7 @@ def check_count(n, num_windows):
     return warnings
 
 def check_samples(cfg, samples, settings):
-    """Warnings about samples that differ from the real clips in more than their quality"""
+    """Warnings about samples whose data, size, frames or stride are not those of the real clips"""
     warnings = []
     made = dict(size=samples[0].shape[1]) | settings
     for name in ("data", "size", "frames", "stride"):
@@ -396,11 +412,11 @@ def check_samples(cfg, samples, settings):
     return warnings
 
 def evaluate_reconstruction(cfg, device, gif):
-    """reconstruction() of a stage 1 on test clips of the set that it was trained on -> Evaluation
+    """Measure a stage 1 on clips of the test split of the set that it was trained on -> Evaluation
 
     Writes a GIF of eight clips over their reconstructions.
     """
-    from vqgan3d import load_vgg, load_vqgan     # here: samples of others need no model of ours
+    from vqgan3d import load_vgg, load_vqgan     # only here: samples need no network of ours
     vqgan = load_vqgan(cfg.vqgan, device)
     c = vqgan.config
     videos = Videos(c.data, cfg.data_dir, "test", c.size, c.frames, c.stride)
@@ -421,18 +437,20 @@ def evaluate_reconstruction(cfg, device, gif):
 
 @without_tf32
 def reconstruction(vqgan, clips, i3d=None, vgg=None, batch_size=4, dtype="float32"):
-    """What stage 1 loses on uint8 clips (N, T, H, W, 3): a dict of
-        PSNR        in dB
-        SSIM
-        VGG         with a vgg: the perceptual distance
-        rFVD        with an i3d, in dtype: the FVD of the reconstructions against the clips, about
-                    the lowest that stage 2 can reach
-        codes used  fraction of the codebook
-        perplexity  of the codes
-    Reconstructions are rounded to uint8 first. PSNR, SSIM and VGG are averaged over the clips.
+    """How well a frozen stage 1 reconstructs uint8 clips (N, T, H, W, 3) -> dict of
+        PSNR        in dB, mean over the clips
+        SSIM        mean over the clips
+        VGG         with vgg: the perceptual distance, mean over the clips
+        rFVD        with i3d: FVD of the reconstructions against the clips, the lowest that samples
+                    of stage 2 can be expected to reach
+        codes used  fraction of the codebook that occurs
+        perplexity  of the codes: exp of their entropy
+
+    Reconstructions are rounded to uint8 first, as when they are written. dtype: of I3D.
     """
     device = next(vqgan.parameters()).device
-    rows, codes, real, fake = [], [], [], []
+    rows, codes = [], []
+    real, fake = [], []
     for x in batches(clips, batch_size, device, "reconstructions"):          # (B, 3, T, H, W)
         z_q, code, _ = vqgan.quantize(vqgan.encode(x))
         codes.append(code.cpu().flatten())
@@ -453,7 +471,7 @@ def reconstruction(vqgan, clips, i3d=None, vgg=None, batch_size=4, dtype="float3
     return scores
 
 def compare_pairs(x, y, vgg=None):
-    """PSNR, SSIM and, with a vgg, perceptual distance: float64 (B, 2 or 3), one row for each video
+    """PSNR, SSIM and, with vgg, the perceptual distance: float64 (B, 2 or 3)
 
     x, y: videos and their reconstructions, (B, 3, T, H, W) in [-1, 1]
     """
@@ -464,7 +482,7 @@ def compare_pairs(x, y, vgg=None):
         frames_x = x.transpose(1, 2).flatten(0, 1)                           # (B*T, 3, H, W)
         frames_y = y.transpose(1, 2).flatten(0, 1)
         columns.append(vgg(frames_x, frames_y).expand(len(x)))
-    return torch.stack(columns, 1).cpu().double()
+    return torch.stack(columns, 1).cpu().double()                            # a row for each video
 
 # --------------------------------------------------------------------------------------------------
 # the report
@@ -513,7 +531,7 @@ def print_report(evaluation):
     for name, values, protocol in evaluation.metrics:
         text = f"{np.mean(values):.5g}"
         if len(values) > 1:
-            text += f" ± {np.std(values):.2g}"
+            text += f" ± {np.std(values):.2f}"
             protocol += f"; {len(values)} runs"
         print(f"{name:<11}{text:>18}   {protocol}")
     for name, value in evaluation.samples.items():
@@ -536,13 +554,13 @@ def write_report(path, cfg, evaluation):
         mean = float(np.mean(values))
         std = float(np.std(values))
         metrics.append(dict(metric=name, mean=mean, std=std, runs=values, protocol=protocol))
-    report = dict(metrics=metrics, warnings=evaluation.warnings, samples=evaluation.samples,
-                  config=vars(cfg))
-    path.write_text(json.dumps(report, indent=1))
+    content = dict(metrics=metrics, warnings=evaluation.warnings, samples=evaluation.samples,
+                   config=vars(cfg))
+    path.write_text(json.dumps(content, indent=1))
     print(f"\nsaved: {path}")
 
 def report_path(cfg):
-    """Where the JSON goes. Its folder is made now, not after half an hour of work."""
+    """Where the JSON goes. Its folder is made now: an error after half an hour would be late."""
     folder, name = Path("runs") / run_name(cfg.data), "evaluation"
     if cfg.vqgan:
         folder, name = Path(cfg.vqgan).parent, "reconstruction"
@@ -563,8 +581,11 @@ def main():
         raise UserError("--vqgan, --floor and --fake are different measurements: choose one")
     if cfg.dtype == "auto":
         raise UserError("--dtype auto: must be float32 or bfloat16, a part of the protocol")
+    if not cfg.vqgan and (cfg.frames < 10 or (cfg.c3d and cfg.frames != 16)):
+        raise UserError(f"--frames {cfg.frames}: I3D needs at least 10 frames, C3D exactly 16")
     path = report_path(cfg)
     device, _ = pick_device(cfg.device, cfg.dtype)
+    start_processes(device)
     if cfg.vqgan:
         evaluation = evaluate_reconstruction(cfg, device, path.with_suffix(".gif"))
     elif cfg.floor:
@@ -574,7 +595,8 @@ def main():
         if cfg.data in PUBLISHED:
             print_published(PUBLISHED[cfg.data])
     print_report(evaluation)
-    write_report(path, cfg, evaluation)
+    if not RANK:
+        write_report(path, cfg, evaluation)
 
 # --------------------------------------------------------------------------------------------------
 # borrowed: I3D, for FVD and KVD, and its weights

@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 from data import (RANK, SETS, WORLD, UserError, can_compile, cast_weights, main_process_first,
-                  new_array, parse_flags, peak_memory, pick_device, read_video, run_main, run_name,
-                  save_grid, start_processes, to_float, to_uint8, wait_for_all)
+                  new_array, output_folder, parse_flags, peak_memory, pick_device, read_video,
+                  run_main, run_name, save_grid, start_processes, to_float, to_uint8, wait_for_all)
 from diffusion import SAMPLERS, load_diffusion, noise_stream
 from vqgan3d import PatchUp
 
@@ -188,6 +188,8 @@ def write_videos(out, samples, labels, classes, cfg):
         columns = len(shown) // rows if rows and len(shown) % rows == 0 else 0
         save_grid(out / "samples.gif", samples[shown], columns)
     if cfg.mp4:
+        for old in (out / "samples").glob("[0-9]*.mp4"):         # of an earlier call
+            old.unlink()
         for i in tqdm(range(n), desc="mp4"):
             name = f"{i:04d}-{classes[labels[i]]}" if labels else f"{i:04d}"
             save_grid(out / "samples" / f"{name}.mp4", samples[i:i + 1], columns=1)
@@ -264,7 +266,7 @@ def main():
     prepare_model(model, autocast, can_compile("off" if few else cfg.compile, device))
 
     began = time.time()
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     temporary = out / "samples.npy.tmp"
     with main_process_first():
         if not RANK:

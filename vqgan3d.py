@@ -33,7 +33,7 @@ from data import (RANK, WORLD, Run, UserError, Videos, all_reduce_sum, average_g
 
 @dataclass
 class Config:
-    data: str = "toy"             # toy, sky, ucf101, or a folder of videos
+    data: str = "toy"             # toy, sky, ucf101, a folder of videos, or an .npy file
     data_dir: str = "datasets"    # where the raw sets and the caches lie
     out: str = ""                 # folder of this run; empty: runs/<data>
     size: int = 128               # pixels a side
@@ -547,6 +547,7 @@ def main():
             disc.load_state_dict(checkpoint["disc"])
             disc_opt.load_state_dict(checkpoint["disc_opt"])
         run.scaler.load_state_dict(checkpoint["scaler"])
+    run.compare_data(checkpoint, train)
     starts = phase_starts(cfg, checkpoint)
 
     def save(step):
@@ -559,6 +560,7 @@ def main():
             disc_opt=disc_opt.state_dict() if disc else None,
             scaler=run.scaler.state_dict(),
             starts=starts,
+            fingerprint=train.fingerprint,
         )
 
     batches = run.prefetch(fetch, start, cfg.steps)
@@ -573,19 +575,19 @@ def main():
                 save(step)
         if step == cfg.steps:
             break
+        if step > start and run.stop_requested(step):
+            save(step)
+            print(f"stopped after step {step} and saved {run.path}; the same command goes on")
+            return
 
         # one optimiser step; every random draw of it follows from (seed, step)
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         clips, frame = next(batches)
         losses = train_step(cfg, nets, clips, frame, step, starts, run)
 
-        # log, and stop if asked to
+        # log
         run.log(step, losses, lr=opts[0].param_groups[0]["lr"],
                 dead_codes=(vqgan.quantizer.usage < 0.05).sum())
-        if run.stop_requested(step):
-            save(step + 1)
-            print(f"stopped after step {step + 1} and saved {run.path}; the same command goes on")
-            return
     print(f"done: {run.path}, the log {run.log_path}, reconstructions {out / 'vqgan.gif'}")
 
 def load_vqgan(path, device="cpu"):

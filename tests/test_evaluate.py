@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import data, evaluate
-from vqgan3d import pick_device
+from data import pick_device
 
 rng = np.random.default_rng(0)
 features = lambda n, d=400, scale=1.0: scale * rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) / np.sqrt(d) + rng.normal(size=d)

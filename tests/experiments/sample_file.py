@@ -18,7 +18,7 @@ def open_samples(path):
 def read_settings(path):
     """How the videos of a samples.npy were made: the dict in the .json file beside it."""
     path = path.with_suffix(".json")
-    needed = {"data", "size", "frames", "stride", "guidance", "labels"}
+    needed = {"data", "size", "frames", "stride", "guidance", "classes", "labels"}
     try:
         settings = json.loads(path.read_text())
         if not isinstance(settings, dict) or not needed <= set(settings):

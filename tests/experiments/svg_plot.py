@@ -9,7 +9,8 @@ import numpy as np
 
 COLOURS = "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#8c564b"
 WIDTH, HEIGHT = 300, 220                           # of one plot with its labels
-LEFT, RIGHT, TOP, BOTTOM = 46, 286, 33, 178        # the area of the curves
+LEFT, RIGHT = 46, 286                              # the area of the curves
+TOP, BOTTOM = 33, 178
 COLUMNS = 3                                        # plots in a row of a file
 
 def panel(title, xlabel, curves, log=False):
@@ -17,20 +18,23 @@ def panel(title, xlabel, curves, log=False):
     curves = {name: finite_points(xs, ys, log) for name, (xs, ys) in curves.items()}
     x_axis = Axis(np.concatenate([xs for xs, _ in curves.values()]), LEFT, RIGHT)
     y_axis = Axis(np.concatenate([ys for _, ys in curves.values()]), BOTTOM, TOP)
-    parts = [text(166, 16, title, 'text-anchor="middle" font-weight="bold"'),
-             text(166, 212, xlabel, 'text-anchor="middle"'),
-             '<path d="M46 30V178H290" fill="none" stroke="#888"/>']
-    for value in x_axis.ticks():
-        parts.append(text(x_axis.place(value), 193, short(value), 'text-anchor="middle"'))
-    for value in y_axis.ticks():
-        label = short(10 ** value if log else value)
-        parts.append(text(42, y_axis.place(value) + 4, label, 'text-anchor="end"'))
+    centre = (LEFT + RIGHT) / 2
+    lines = f"M{LEFT} {TOP - 3}V{BOTTOM}H{RIGHT + 4}"            # both axes
+    parts = [text(centre, 16, title, 'text-anchor="middle" font-weight="bold"'),
+             text(centre, HEIGHT - 8, xlabel, 'text-anchor="middle"'),
+             f'<path d="{lines}" fill="none" stroke="#888"/>']
+    for x in x_axis.ticks():
+        parts.append(text(x_axis.place(x), BOTTOM + 15, short(x), 'text-anchor="middle"'))
+    for y in y_axis.ticks():
+        label = short(10 ** y if log else y)
+        parts.append(text(LEFT - 4, y_axis.place(y) + 4, label, 'text-anchor="end"'))
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         points = " ".join(f"{x_axis.place(x):.1f},{y_axis.place(y):.1f}" for x, y in zip(xs, ys))
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" '
                      'stroke-width="1.5"/>')
-        parts.append(text(288, 42 + 13 * i, name, f'text-anchor="end" fill="{colour}"'))
+        legend = f'text-anchor="end" fill="{colour}"'
+        parts.append(text(RIGHT + 2, TOP + 9 + 13 * i, name, legend))
     return "".join(parts)
 
 def write(path, panels):

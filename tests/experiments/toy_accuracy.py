@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import (TOY_MOTIONS, TOY_SHAPES, FlagParser, UserError, Videos, run_main, to_float,
-                  toy_distance, toy_videos)
+from data import (TOY_CLASSES, TOY_MOTIONS, TOY_SHAPES, FlagParser, UserError, Videos, run_main,
+                  to_float, toy_distance, toy_videos)
 from diffusion import load_diffusion
 from sample import encode_cond_frames
-from tests.experiments.sample_file import open_samples, read_labels
+from tests.experiments.sample_file import open_samples, read_labels, read_settings
 from vqgan3d import psnr
 
 WINDOW = 16                                        # frames that are measured at once
@@ -103,7 +103,7 @@ class LongAccuracy(NamedTuple):
     """Fractions of a set of long videos that show the class of their label."""
     first: float       # in the first window
     last: float        # in the last window
-    all: float         # in all windows
+    always: float      # in all windows
     coloured: float    # in all windows, with the colour of the first
 
 def long_accuracy(videos, labels):
@@ -119,6 +119,9 @@ def long_accuracy(videos, labels):
 def report_samples(path):
     """Print the accuracy of the samples in a file, after that of real clips of the same shape."""
     videos = open_samples(path)
+    if read_settings(path)["classes"] != TOY_CLASSES:
+        raise UserError(f"{path} was not made by a model of the toy, and only the toy's classes "
+                        "can be measured")
     labels = read_labels(path, len(videos))
     real_videos, real_labels = toy_videos(256, *videos.shape[1:3], seed=99)
     for name, v, y in (("real clips", real_videos, real_labels), (str(path), videos, labels)):
@@ -126,7 +129,7 @@ def report_samples(path):
             found = long_accuracy(v, y)
             print(f"{name}: {len(v)} videos of {v.shape[1]} frames; class right in the first "
                   f"{WINDOW} frames {found.first:.1%}, in the last {found.last:.1%}, in all "
-                  f"{found.all:.1%}, and with the colour of the first {found.coloured:.1%}")
+                  f"{found.always:.1%}, and with the colour of the first {found.coloured:.1%}")
         else:
             found = accuracy(v, y)
             print(f"{name}: {len(v)} videos; class right {found.label:.1%}, shape "

@@ -163,7 +163,7 @@ def saved_step(path):
     """The step of a checkpoint; 0 if there is none yet."""
     return torch.load(path, weights_only=True)["step"] if path.exists() else 0
 
-def find_faults(result, fault, path, step, expected):
+def find_problem(result, fault, path, step, expected):
     """What is wrong with a run that began at `step`: a sentence, or "".
 
     expected: the checkpoint of an undisturbed run.
@@ -205,7 +205,7 @@ def crash(home, module, flags, name, count, rng):
         for fault in [*faults, None]:                             # the last run meets none
             step = saved_step(path)
             result = train(home, module, flags, fault, rng.random(), reference.seconds)
-            wrong = find_faults(result, fault, path, step, expected)
+            wrong = find_problem(result, fault, path, step, expected)
             if wrong:
                 print(f"{module.__name__}, {fault}: {wrong}\n{result.text[-2500:]}",
                       file=sys.stderr)
