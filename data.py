@@ -1295,11 +1295,23 @@ class Run:
             self.num_rows = len(rows)
         return checkpoint
 
-    def compare_data(self, checkpoint, videos):
-        """Say so if the training videos are not those of the checkpoint."""
-        if checkpoint and checkpoint["fingerprint"] != videos.fingerprint:
+    def restore(self, checkpoint, videos, opts, **learners):
+        """Load a checkpoint into optimisers, networks and the like -> the step to go on at.
+
+        learners: under the names that they have in the checkpoint, or None. Says so if the videos
+        are not those of the checkpoint.
+        """
+        if not checkpoint:
+            return 0
+        for opt, state in zip(opts, checkpoint["opts"]):
+            opt.load_state_dict(state)
+        for name, learner in learners.items():
+            if learner and checkpoint[name]:
+                learner.load_state_dict(checkpoint[name])
+        if checkpoint["fingerprint"] != videos.fingerprint:
             print(f"note: the training videos of {videos.data} are not those that this run began "
                   "with: some were added, removed, changed, or copied anew")
+        return checkpoint["step"]
 
     def compare_steps(self, checkpoint):
         """All processes must go on from the same step: their run folder must be the same one."""

@@ -527,6 +527,21 @@ class LatentDiffusion:
                     progress(x, x0)
         return torch.cat([cond_frames, x[:, :, K:]], 2)
 
+def export_model(path, out):
+    """Write what sampling needs of a checkpoint to another file, in float16, a tenth as large."""
+    checkpoint = load_checkpoint(path)
+    small = {key: checkpoint[key] for key in ("config", "step", "statistics", "classes", "clip")}
+    small["model"] = {}
+    small["ema"] = to_half(checkpoint["ema"])
+    small["vqgan"] = stage1 = checkpoint["vqgan"]
+    if stage1:
+        small["vqgan"] = {**stage1, "model": to_half(stage1["model"])}
+    with replacing(Path(out)) as temporary:
+        torch.save(small, temporary)
+
+def to_half(state):
+    return {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
+
 def noise_stream(seed):
     """The noise of one sample. The offset keeps it apart from the seeds of the training steps."""
     return torch.Generator().manual_seed(3_000_000_000 + int(seed))
@@ -570,6 +585,13 @@ class Latents:
             chosen = np.sort(rng.integers(len(self.z), size=n))
             samples, labels = torch.from_numpy(self.z[chosen]), self.labels[chosen]
         return samples, torch.where(labels < 0, self.model.unet.classes, labels)
+
+    def batch(self, step):
+        """All that is random in a step: samples for to_latents(), and the output of draw_noise()."""
+        cfg = self.model.config
+        samples, labels = self.fetch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))
+        stream = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+        return samples, *draw_noise(cfg, self.model, labels, stream)
 
     @torch.no_grad()
     def to_latents(self, samples):
@@ -772,16 +794,9 @@ def main():
         latents = Latents(model, train, cfg.num_latents, out, run.autocast)
 
     # where an earlier run stopped
-    start = 0
+    start = run.restore(checkpoint, train, opts, model=unet, ema=model.unet, scaler=run.scaler)
     if checkpoint:
-        start = checkpoint["step"]
-        unet.load_state_dict(checkpoint["model"])
-        model.unet.load_state_dict(checkpoint["ema"])
-        for opt, state in zip(opts, checkpoint["opts"]):
-            opt.load_state_dict(state)
         model.set_statistics(*checkpoint["statistics"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
-        run.compare_data(checkpoint, train)
     elif stage1:
         model.set_statistics(*latents.statistics(cfg.seed))
 
@@ -801,13 +816,9 @@ def main():
         )
 
     held_out = HeldOut(model, latents, test)
-    def fetch(step):
-        samples, labels = latents.fetch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))
-        stream = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-        return samples, *draw_noise(cfg, model, labels, stream)
 
     history = deque(maxlen=LOG_EVERY)
-    batches = run.prefetch(fetch, start, cfg.steps)
+    batches = run.prefetch(latents.batch, start, cfg.steps)
     for step in run.steps(start, cfg.steps, "stage 2"):
         # once in a while: evaluate, preview and save
         if run.evaluation_due(step, cfg.eval_every):

@@ -196,10 +196,11 @@ def network_outputs(network, videos, batch_size, desc=None, dtype="float32"):
     for x in batches(share, batch_size, device, desc):                       # (B, 3, T, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             outputs.append(network(x).cpu().double().numpy())
-    shares = gather(np.concatenate(outputs))
+    shares = gather(np.concatenate(outputs) if outputs else None)
     result = np.empty((len(videos), *shares[0].shape[1:]))
     for rank, values in enumerate(shares):
-        result[rank::WORLD] = values
+        if values is not None:                               # fewer videos than processes
+            result[rank::WORLD] = values
     return result
 
 def i3d_logits(model, videos, batch_size=4, desc=None, dtype="float32"):
@@ -322,6 +323,9 @@ def evaluate_samples(cfg, device):
     if cfg.real:
         reference = open_samples(cfg.real, cfg.frames, cfg.size)
         n = available = min(n, len(reference))
+        if reference[0].shape[1] != cfg.size:
+            raise UserError(f"{cfg.real} has {reference[0].shape[1]} pixels a side: give this "
+                            "number as --size")
     else:
         videos = open_real(cfg)
         available = count_windows(videos)
@@ -409,6 +413,9 @@ def check_samples(cfg, samples, settings):
         if made.get(name, scored) != scored:
             warnings.append(f"the samples were made with {name} {made[name]} and are scored with "
                             f"{name} {scored}")
+    if max(clip.max() for clip in samples[:8]) <= 1:
+        warnings.append("the first samples have no value over 1: samples in [0, 1] must be "
+                        "multiplied by 255 before they become uint8")
     return warnings
 
 def evaluate_reconstruction(cfg, device, gif):
@@ -422,7 +429,8 @@ def evaluate_reconstruction(cfg, device, gif):
     videos = Videos(c.data, cfg.data_dir, "test", c.size, c.frames, c.stride)
     clips, _ = videos.fixed(8)
     y, _, _ = vqgan(to_float(clips).to(device))                              # (8, 3, T, H, W)
-    save_grid(gif, np.concatenate([clips, to_uint8(y)], axis=2), columns=8)
+    if not RANK:
+        save_grid(gif, np.concatenate([clips, to_uint8(y)], axis=2), columns=8)
 
     n = min(cfg.n, count_windows(videos))
     warnings = check_count(n, n)
@@ -579,6 +587,8 @@ def main():
     cfg = parse_flags(Config)
     if bool(cfg.vqgan) + bool(cfg.fake) + cfg.floor > 1:
         raise UserError("--vqgan, --floor and --fake are different measurements: choose one")
+    if (cfg.real or cfg.c3d) and (cfg.vqgan or cfg.floor):
+        raise UserError("--real and --c3d are for samples: leave them off with --vqgan and --floor")
     if cfg.dtype == "auto":
         raise UserError("--dtype auto: must be float32 or bfloat16, a part of the protocol")
     if not cfg.vqgan and (cfg.frames < 10 or (cfg.c3d and cfg.frames != 16)):

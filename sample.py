@@ -3,6 +3,7 @@
     python sample.py                                        # the toy: a grid, one row per class
     python sample.py --data sky --n 16 --mp4                # 16 videos of the model in runs/sky
     python sample.py --data ucf101 --classes Bend,JumpingJack --guidance 3
+    python sample.py --checkpoint assets/toy.pt             # a trained toy model
     python sample.py --data sky --n 2048 --grid 0           # enough for evaluate.py --data sky
     python sample.py --frames 128                           # longer than the clips of training
     python sample.py --start clip.mp4 --n 4                 # four ways to continue a video
@@ -27,14 +28,14 @@ from tqdm import tqdm
 from data import (RANK, SETS, WORLD, UserError, can_compile, cast_weights, main_process_first,
                   new_array, output_folder, parse_flags, peak_memory, pick_device, read_video,
                   run_main, run_name, save_grid, start_processes, to_float, to_uint8, wait_for_all)
-from diffusion import SAMPLERS, load_diffusion, noise_stream
+from diffusion import SAMPLERS, export_model, load_diffusion, noise_stream
 from vqgan3d import PatchUp
 
 @dataclass
 class Config:
     data: str = "toy"             # which run: runs/<data>
     checkpoint: str = ""          # another checkpoint than runs/<data>/diffusion.pt
-    out: str = ""                 # folder for the samples; empty: where the checkpoint lies
+    out: str = ""                 # folder; empty: that of diffusion.pt, of x.pt runs/x
     n: int = 0                    # videos; 0: four of each class, or 16
     classes: str = ""             # names or numbers, separated by commas; empty: all in turn
     guidance: float = -1.0        # 1: conditional, 0: unconditional; -1: that of the run's previews
@@ -47,6 +48,7 @@ class Config:
     batch_size: int = 16          # videos at once
     grid: int = 64                # videos in the GIF, spread evenly over all; 0: none
     mp4: bool = False             # one mp4 per video as well
+    export: str = ""              # only write the model to this file, without what training needs
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (bfloat16 if the hardware multiplies it), float32, bfloat16
     compile: str = "auto"         # torch.compile, takes a minute: auto (GPU, 256 videos), on, off
@@ -254,7 +256,11 @@ def sample_share(plan, cfg, model, autocast, samples):
 def main():
     cfg = parse_flags(Config, dict.fromkeys(SETS, dict(frames=0)))   # the checkpoint knows them
     path = Path(cfg.checkpoint or f"runs/{run_name(cfg.data)}/diffusion.pt")
-    out = Path(cfg.out or path.parent)
+    default = path.parent if path.name == "diffusion.pt" else Path("runs", path.stem)
+    out = Path(cfg.out or default)
+    if cfg.export:
+        export_model(path, cfg.export)
+        return print(f"wrote {cfg.export}: python sample.py --checkpoint {cfg.export}")
     device, autocast = pick_device(cfg.device, cfg.dtype)
     start_processes(device)
     model = load_diffusion(path, device)

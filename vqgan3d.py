@@ -59,7 +59,7 @@ class Config:
     steps: int = 50_000           # updates of the autoencoder
     vq_start: float = 0.1         # fraction of the steps after which the latents are quantised
     disc_start: float = 0.5       # fraction of the steps after which the discriminator is trained
-    gan_start: float = 0.6        # fraction of the steps after which the autoencoder feels it
+    gan_start: float = 0.6        # fraction of the steps after which it trains the autoencoder
     disc_width: int = 64          # channels of the discriminator's first layer
     batch_size: int = 8           # clips a step
     grad_accum_steps: int = 1     # parts that a batch is computed in one by one, to save memory
@@ -536,18 +536,9 @@ def main():
     torch.manual_seed(cfg.seed)
     nets = build_networks(cfg, run)
     vqgan, opts, _, disc, disc_opt = nets
-    start = 0
     checkpoint = run.resume(cfg, FIXED)
-    if checkpoint:
-        start = checkpoint["step"]
-        vqgan.load_state_dict(checkpoint["model"])
-        for opt, state in zip(opts, checkpoint["opts"]):
-            opt.load_state_dict(state)
-        if disc and checkpoint["disc"]:
-            disc.load_state_dict(checkpoint["disc"])
-            disc_opt.load_state_dict(checkpoint["disc_opt"])
-        run.scaler.load_state_dict(checkpoint["scaler"])
-    run.compare_data(checkpoint, train)
+    start = run.restore(checkpoint, train, opts, model=vqgan, disc=disc, disc_opt=disc_opt,
+                        scaler=run.scaler)
     starts = phase_starts(cfg, checkpoint)
 
     def save(step):

@@ -1,4 +1,4 @@
-"""What the tests share: the scripts run as a user runs them, tiny clips, a tiny run of each stage."""
+"""What the tests share: the scripts run as users run them, tiny clips, a tiny run of each stage."""
 import json
 import os
 import signal
@@ -66,10 +66,13 @@ def main(tmp_path, monkeypatch, capsys):
         code, error = 0, ""
         try:
             data.run_main(module.main)
-        except SystemExit as e:                  # sys.exit("text") prints the text, the status is 1
-            code, error = (1, e.code) if isinstance(e.code, str) else (e.code, "")
-        signal.signal(signal.SIGINT, handlers[0])
-        signal.signal(signal.SIGTERM, handlers[1])
+        except SystemExit as e:
+            code = e.code
+            if isinstance(code, str):            # sys.exit("text") prints the text, the status is 1
+                code, error = 1, e.code
+        finally:
+            signal.signal(signal.SIGINT, handlers[0])
+            signal.signal(signal.SIGTERM, handlers[1])
         assert "\n" not in error
         return Result(code, capsys.readouterr().out, error)
     yield main

@@ -492,6 +492,21 @@ def test_windows_follow_from_a_start(monkeypatch):
     assert clean_frames == [1, 1, 1, 4, 2, 2, 2, 4]
     assert all(len(x) == 1 for x, _ in inputs)
 
+@pytest.mark.parametrize("given", [0, 1, 2, 4])
+def test_windows_are_counted_right(monkeypatch, given):
+    """A progress bar that ends before the work, or never."""
+    model, windows = make_model(), []
+    def draw(*args):
+        windows.append(args)
+        return torch.zeros(1, 3, 4, 8, 8)
+    monkeypatch.setattr(model, "sample", draw)
+    start = torch.zeros(1, 3, given, 8, 8) if given else None
+    for length in range(1, 12):
+        windows.clear()
+        x = sample.sample_long(model, [0], None, 1.0, "dpm", 4, float32, length, start)
+        assert x.shape == (1, 3, length, 8, 8)
+        assert sample.count_windows(4, length, given) == len(windows)
+
 def test_a_window_continues_what_the_encoder_makes_of_the_decoded_video(stage2, monkeypatch):
     """Generated latents given as they are; the wrong frames; latents that are not normalised, or
     of an encoder that saw the end."""
@@ -511,6 +526,35 @@ def test_a_window_continues_what_the_encoder_makes_of_the_decoded_video(stage2, 
 
 # --------------------------------------------------------------------------------------------------
 # what is trained, and on what
+
+def test_what_is_random_in_a_step():
+    """Times that leave gaps, or come in order; labels dropped at another rate than --label_drop;
+    clips of which all frames are given; draws that do not follow from the seed."""
+    B, labels, model = 2000, torch.arange(2000) % 2, make_model()
+    def draw(seed, **flags):
+        stream = torch.Generator().manual_seed(seed)
+        return diffusion.draw_noise(Config(**flags), model, labels, stream)
+    u, t, eps, dropped, num_cond = draws = draw(0, label_drop=0.25, cond_prob=0.5)
+    gaps = u.sort().values.diff()
+    assert torch.allclose(gaps, torch.tensor(1 / B), atol=1e-5)
+    assert u.diff().abs().mean() > 0.25
+    assert t.bincount().tolist() == pytest.approx([B / 20] * 20, abs=1)
+    assert eps.shape == (B, 3, 4, 8, 8)
+    is_null = dropped == 2
+    assert is_null.float().mean().item() == pytest.approx(0.25, abs=0.04)
+    assert torch.equal(dropped[~is_null], labels[~is_null])
+    share = num_cond.bincount() / B                                   # half: 0, 1, 2 or 3 frames
+    assert share.tolist() == pytest.approx([0.625, 0.125, 0.125, 0.125], abs=0.04)
+    same(draw(0, label_drop=0.25, cond_prob=0.5), draws)
+    assert not torch.equal(draw(1)[2], eps)
+
+def test_loss_by_time():
+    """Quarters exchanged; a mean over all clips instead of over those that fall into a quarter."""
+    losses, u = torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.1, 0.3, 0.2, 0.99])
+    found = diffusion.loss_by_time([(losses, u), (losses + 10, u)])
+    expected = dict(loss_t1=(1 + 3 + 11 + 13) / 4, loss_t2=(2 + 12) / 2, loss_t3=0,
+                    loss_t4=(4 + 14) / 2)
+    assert {name: loss.item() for name, loss in found.items()} == expected
 
 def test_nothing_is_learnt_from_given_frames(stage1, stage2, main, monkeypatch):
     """--cond_prob without effect; a loss on frames that the network was shown, which is nearly
@@ -671,14 +715,18 @@ def test_resume_is_exact_to_the_bit(stage1, stage2, main, stop_at):
 
 def test_a_flag_that_makes_no_other_network_may_change(stage2, finished, main):
     """A run that cannot be given more steps or another learning rate, or that is silent about it;
-    a network of another width that is filled with what fits."""
+    scores in the log that are lost on resuming, or come twice; a network of another width that is
+    filled with what fits."""
     longer = [*stage2.flags, "--out", "run", "--steps", 26, "--lr", 0.001]
     result = main(diffusion, *longer)
     assert result.code == 0, result.err
     assert "--lr 0.001   (until now 0.003)" in result.out
     assert "--steps 26   (until now 24)" in result.out
-    assert load("run/diffusion.pt")["step"] == 26
-    assert load("run/diffusion.pt")["config"]["lr"] == 0.001
+    state = load("run/diffusion.pt")
+    assert state["step"] == 26
+    assert state["config"]["lr"] == 0.001
+    log = read_log(Path("run/diffusion.pt"))
+    assert [row["step"] for row in log if "held_out_loss" in row] == [0, 12, 24, 26]
     result = main(diffusion, *longer, "--width", 32)
     assert result.code == 1
     assert "--width 16 (now 32)" in result.err
