@@ -676,12 +676,13 @@ def cache_folder(data, data_dir):
 
 def cache_path(folder, source, size):
     """The cache file of a source. Its name holds all that determines its content: the path inside
-    the set, bytes, time of the last change (of a folder: of all its frames), and pixels a side."""
+    the set, names and bytes of its files, time of the last change, and pixels a side."""
     files = list_frames(source.path) if source.path.is_dir() else [source.path]
     stats = [f.stat() for f in files]
     total = sum(s.st_size for s in stats)
     newest = max(s.st_mtime_ns for s in stats)
-    key = f"{source.name}|{len(files)}|{total}|{newest}|{size}"
+    names = "/".join(f.name for f in files)
+    key = f"{source.name}|{names}|{total}|{newest}|{size}"
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
     return folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', source.path.stem)[-40:]}-{size}-{digest}.npy"
 
@@ -757,7 +758,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
                         remarks.append((sources[i].name, remark))
             finally:
                 pool.shutdown(cancel_futures=True)
-    report(f"{name} {split}", remarks)
+    report(f"{run_name(data)} {split}", remarks)
     videos = []
     for source, path, count in zip(sources, paths, frames):
         if count:
@@ -799,16 +800,18 @@ def report(what, remarks):
 def hold_out(videos, split):
     """Train or test part of a set that has no splits of its own.
 
-    A tenth is held out, chosen by a hash of each name, so that adding a video moves no other. A
-    small set whose hashes choose none gives the one with the lowest; a single video is both.
+    A tenth is held out, chosen by a hash of each name, so that adding a video moves no other. In a
+    small set at least the one with the lowest hash is held out, and never that with the highest; a
+    single video is both.
     """
     def fraction(video):
         name = Path(video.name).as_posix().encode(errors="surrogateescape")
         return int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2 ** 32
-    if len(videos) == 1:
+    if len(videos) < 2:
         return videos
-    limit = max(0.1, min(map(fraction, videos)) + 1e-9)
-    return [v for v in videos if (fraction(v) < limit) == (split == "test")]
+    fractions = [fraction(v) for v in videos]
+    limit = min(max(0.1, min(fractions) + 1e-9), max(fractions))             # never none, never all
+    return [v for v, f in zip(videos, fractions) if (f < limit) == (split == "test")]
 
 class Videos:
     """One split: windows of `frames` frames that lie `stride` frames of the video apart.

@@ -587,7 +587,7 @@ class Latents:
         return samples, torch.where(labels < 0, self.model.unet.classes, labels)
 
     def batch(self, step):
-        """All that is random in a step: samples for to_latents(), and the output of draw_noise()."""
+        """All that is random in a step: samples for to_latents(), the output of draw_noise()."""
         cfg = self.model.config
         samples, labels = self.fetch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))
         stream = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)

@@ -7,7 +7,7 @@
     python sample.py --data sky --n 2048 --grid 0           # enough for evaluate.py --data sky
     python sample.py --frames 128                           # longer than the clips of training
     python sample.py --start clip.mp4 --n 4                 # four ways to continue a video
-    torchrun --nproc_per_node 4 sample.py --n 2048          # a share of the same videos on each GPU
+    torchrun --nproc_per_node 4 -- sample.py --n 2048       # a share of the same videos on each GPU
 
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the
 class asked for of each), samples.gif (a grid of some), and with --mp4 a file per video in samples/.
@@ -124,9 +124,11 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
 
 def count_windows(T, length, given):
     """How often sample_long() calls the sampler; given: latent frames to begin with, or 0"""
-    first = given or T
-    windows = 0 if given else 1
-    return windows + max(0, math.ceil((length - first) / (T - T // 2)))
+    windows, frames = 0, given
+    while frames < length:
+        frames += T - min(T // 2, frames)
+        windows += 1
+    return windows
 
 def receptive_field(decoder):
     """(latent frames that the decoder sees to each side of one, frames that it makes of one)"""

@@ -1,4 +1,4 @@
-"""Downloads against a server on this machine, with miniature archives. The real ones are not tested."""
+"""Downloads from a server on this machine, of miniature archives; the real ones are not tested."""
 import hashlib
 import http.server
 import io
@@ -12,7 +12,8 @@ import data
 
 SKY = {"sky_timelapse/sky_train/a/a_1/a_frames_1.jpg": b"frame",
        "sky_timelapse/sky_test/b/b_1/b_frames_1.jpg": b"other", "readme.txt": b"not of the set"}
-VIDEOS = {"UCF101/v_Bend_g01_c01.avi": b"video" * 1000, "UCF101/v_HandStandPushups_g01_c02.avi": b"x"}
+VIDEOS = {"UCF101/v_Bend_g01_c01.avi": b"video" * 1000,
+          "UCF101/v_HandStandPushups_g01_c02.avi": b"x"}
 LISTS = {"ucfTrainTestlist/classInd.txt": b"1 Bend\n2 HandstandPushups\n",
          "ucfTrainTestlist/trainlist01.txt": b"Bend/v_Bend_g01_c01.avi 1\n"
                                              b"HandstandPushups/v_HandStandPushups_g01_c02.avi 2\n"}
@@ -26,7 +27,7 @@ def archive(members):
     return buffer.getvalue()
 
 class Server:
-    """Serves {path: bytes}, with ranges; the connection breaks after `limit` bytes, if there is one."""
+    """Serves {path: bytes}, with ranges; a connection breaks after `limit` bytes, if there is one."""
     def __init__(self, files):
         self.files, self.limit, self.ranges = files, None, []
         outer = self

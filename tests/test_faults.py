@@ -13,7 +13,7 @@ from conftest import ROOT
 def test_killed_training_resumes_to_the_same_weights():
     """A checkpoint torn or lost, a run that cannot resume, other weights at the end. The short
     form of python -m tests.stress.crash_training 100."""
-    command = [sys.executable, "-m", "tests.stress.crash_training", "5"]
+    command = [sys.executable, "-m", "tests.stress.crash_training", "3"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
                             timeout=1200)
@@ -21,8 +21,8 @@ def test_killed_training_resumes_to_the_same_weights():
     name, *cells = result.stdout.splitlines()[-1].replace(" of ", " ").split()
     assert name == "together"
     survived1, injected1, survived2, injected2 = map(int, cells)
-    assert survived1 == injected1 >= 5
-    assert survived2 == injected2 >= 5
+    assert survived1 == injected1 >= 3
+    assert survived2 == injected2 >= 3
 
 def test_a_full_disk_is_said_before_a_memory_map_is_written(tmp_path, monkeypatch):
     """A file with holes: the write into the map that finds no space ends the process with a bus

@@ -21,7 +21,7 @@ def test_the_fork_applies_and_runs(fork, clips, tmp_path):
     for file in ROOT.glob("*.py"):
         shutil.copy(file, tmp_path)
     subprocess.run(["git", "apply", fork], cwd=tmp_path, check=True)
-    shutil.copytree(clips, tmp_path / "clouds")      # the name that own_preset.diff has a preset for
+    shutil.copytree(clips, tmp_path / "clouds")              # the name of the preset in own_preset
     stage1 = [*STAGE1, "--steps", 4]
     stage2 = [*STAGE2, "--steps", 2, "--eval_every", 2]
     for name, flags, preset in (("vqgan3d.py", stage1, "--steps 4   (instead of 4000)"),

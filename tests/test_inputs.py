@@ -33,7 +33,7 @@ def videos(root, tmp_path, split="train"):
     ["{t}.png"], ["f_{t:05d}.png"], ["{t}_640x360.png"], ["{t}_of_20.png"], ["shot ({t}).png"],
     ["{s}.png"], ["00-00-{w:02d}-{ms:03d}.png"], ["2024-01-01_23-59-{u:02d}.png"]])
 def test_one_sequence_is_one_video_in_order(tmp_path, names):
-    """Frames 0, 1, 10, 11, 2; seconds 0.125 after 0.25; times that begin anew taken for two videos."""
+    """Frames 0, 1, 10, 11, 2; seconds 0.125 after 0.25; times that begin anew: two videos."""
     named = []
     for t in range(12):
         s = t / 8
