@@ -382,10 +382,11 @@ def list_folder(data, split):
     if not root.is_dir():
         raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder nor an "
                         ".npy or .npz file")
-    files, folders = list_folder_entries(root)
-    while not files and len(folders) == 1:                        # as archives often unpack
-        root = folders[0]
+    for _ in range(4):                                            # as archives often unpack
         files, folders = list_folder_entries(root)
+        if files or len(folders) != 1:
+            break
+        root = folders[0]
     splits = split_folders(root)
     root = splits.get(split, root)
     paths, remarks = find_sources(root)
@@ -1020,7 +1021,7 @@ def parse_flags(Config, presets={}, argv=None):
         flags["data"] = os.path.abspath(flags["data"])
     return Config(**{name: flags.get(name, values[name]) for name in defaults})
 
-MAY_BE_ZERO = ("num_latents", "grid")                             # though not by default
+MAY_BE_ZERO = ("grid",)                                           # though not by default
 
 def run_name(data):
     """The name of a set in runs/ and in the cache: toy, sky, ucf101, or a path's last part."""
