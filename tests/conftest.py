@@ -22,6 +22,9 @@ STAGE2 = ("--width 16 --mults 1,2 --blocks 1 --head_dim 8 --full_attention_token
           "--dropout 0.1 --timesteps 50 --ema 0.9 --lr 3e-3 --steps 24 --batch_size 8 "
           "--num_latents 32 --eval_every 12 --device cpu").split()
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "cuda: needs a GPU")
+
 class Result(NamedTuple):
     """How a script ended."""
     code: int        # exit status
