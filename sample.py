@@ -281,11 +281,13 @@ def main():
             new_array(temporary, np.uint8, (plan.n, plan.frames, size, size, 3))
     samples = np.load(temporary, mmap_mode="r+")                 # not held in memory
     sample_share(plan, cfg, model, autocast, samples)
+    del samples                                                  # Windows renames no open file
     wait_for_all()
     if RANK:
         return
 
     os.replace(temporary, out / "samples.npy")
+    samples = np.load(out / "samples.npy", mmap_mode="r")
     labels = None if plan.labels is None else plan.labels.tolist()
     protocol = dict(
         data=cfg.data, n=plan.n, frames=plan.frames, size=size, stride=stride,
