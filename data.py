@@ -329,11 +329,10 @@ def list_ucf101(data_dir, split):
     numbered = {}
     for line in read_lines(class_list):
         words = line.split()                                      # "1 ApplyEyeMakeup"
-        if words and (len(words) != 2 or not words[0].isdigit()):
+        if len(words) != 2 or not words[0].isdigit():
             raise UserError(f"{class_list} must hold lines of a number and a class, not {line!r}: "
                             f"fetch the split lists again. {expected('ucf101', data_dir)}")
-        if words:
-            numbered[int(words[0])] = words[1]
+        numbered[int(words[0])] = words[1]
     classes = [numbered[number] for number in sorted(numbered)]
     class_of = {name.lower(): name for name in classes}
     sources, remarks = [], []

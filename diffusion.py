@@ -80,7 +80,7 @@ PRESETS = {
     "toy": dict(
         width=48, mults=(1, 2), blocks=1, head_dim=32, steps=2500, batch_size=16, lr=4e-3,
         num_latents=8192, ema=0.99, eval_every=1000),
-    "sky": dict(grad_accum_steps=2),         # 6.9 GB; 12 GB with 1
+    "sky": dict(grad_accum_steps=2),         # 6.9 GB, from shapes; 12 with 1
     "ucf101": dict(grad_accum_steps=2),
     "pixels": dict(size=64, grad_accum_steps=8),     # of --pixels, whatever the set
 }

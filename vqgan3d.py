@@ -79,7 +79,7 @@ PRESETS = {
     "toy": dict(
         width=32, codes=2048, disc_width=16, perceptual=0.0, steps=3000, batch_size=4,
         disc_start=0.75, gan_start=0.8, eval_every=500, eval_clips=128),
-    "sky": dict(width=128, batch_size=16, flip=True),            # 5.3 GB; a sky mirrored is a sky
+    "sky": dict(width=128, batch_size=16, flip=True),            # 5.3 GB, from shapes
     "ucf101": dict(width=128, batch_size=16),
 }
 FIXED = ("data", "size", "frames", "stride", "crop", "flip", "down", "width", "blocks", "codes",
@@ -640,9 +640,10 @@ def orthogonalize(u):
     u = u.float() / (norm + 1e-7)
     a = u @ u.mT
     eye = torch.eye(u.shape[-2], device=u.device)
+    q = None
     for i in range(5):
         p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a           # the quintic of Jordan et al.
-        q = p @ q if i else p
+        q = p if q is None else p @ q
         a = p @ a @ p if i < 4 else None                         # of the next u; they commute
     return q @ u
 

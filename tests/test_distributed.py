@@ -12,7 +12,7 @@ import torch
 import diffusion
 import sample
 import vqgan3d
-from conftest import ROOT, STAGE1, STAGE2, Result, load, read_log, same
+from conftest import ROOT, STAGE1, Result, load, read_log, same
 
 SCRIPT = """
 import signal

@@ -1,4 +1,4 @@
-"""Everything that a first hour on a GPU should measure, in one command of at most eight minutes.
+"""Everything that a first hour on a GPU should measure, in one command.
 
     python -m tests.experiments.gpu_check                         # on a machine with a GPU
     python -m tests.experiments.gpu_check --device cpu --small    # rehearsal: tiny networks
