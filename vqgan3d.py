@@ -2,15 +2,15 @@
 
     video (3, 16, 128, 128) -> encoder -> z (6, 4, 32, 32) -> nearest codes -> decoder -> video
 
-    python vqgan3d.py                                        # the toy; on a CPU about 3 minutes
+    python vqgan3d.py                                        # the toy; on two CPU cores 9 minutes
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
     torchrun --nproc_per_node 4 vqgan3d.py --data sky        # 4 GPUs, a part of each batch on each
     python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0 --device cpu
 
-Five losses, each a named term whose weight is a flag:
+Five losses; the weight of each is the flag of its name:
     mse         squared error of the pixels
     perceptual  distance of VGG16 features of single frames
-    vq          codebook and commitment (van den Oord et al. 2017)
+    vq          --codebook and --commitment (van den Oord et al. 2017)
     gan         adversarial, from a DCGAN discriminator with three-dimensional kernels
     feature     matching of the discriminator's internal features
 Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for bit on a CPU),
@@ -39,6 +39,7 @@ class Config:
     size: int = 128               # pixels a side
     frames: int = 16              # frames of a clip
     stride: int = 1               # frames of the video from one frame of a clip to the next
+    fps: float = 0.0              # frames a second to bring all videos to; 0: as they are
     crop: int = 0                 # train on random squares of this many pixels; 0: whole frames
     flip: bool = False            # mirror half of the training clips; not if a class is a direction
     # the network
@@ -54,7 +55,7 @@ class Config:
     commitment: float = 0.25      # keeps the encoder's outputs near their codes
     gan: float = 0.1              # adversarial loss; 0 and --feature 0: no discriminator at all
     feature: float = 1.0          # L1 between the discriminator's features of video and output
-    gan_ratio: float = 0.3        # limit of the adversarial gradient, in reconstruction gradients
+    gan_ratio: float = 0.3        # the adversarial gradient is at most so long, in reconstruction's
     # training
     steps: int = 50_000           # updates of the autoencoder
     vq_start: float = 0.1         # fraction of the steps after which the latents are quantised
@@ -71,19 +72,36 @@ class Config:
     eval_every: int = 2000        # steps between evaluations, previews and checkpoints
     eval_clips: int = 64          # held-out clips of an evaluation
     device: str = "auto"          # auto, cpu, cuda, mps
-    dtype: str = "auto"           # auto (bfloat16 if the hardware multiplies it), float32, bfloat16
+    dtype: str = "auto"           # auto (what the hardware multiplies), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile: auto (on a GPU), on, off
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
-    "toy": dict(
-        width=32, codes=2048, disc_width=16, perceptual=0.0, steps=3000, batch_size=4,
-        disc_start=0.75, gan_start=0.8, eval_every=500, eval_clips=128),
-    "sky": dict(width=128, batch_size=16, flip=True),            # 5.3 GB, from shapes
-    "ucf101": dict(width=128, batch_size=16),
+    "toy": dict(                  # small enough for a CPU
+        width=32,
+        codes=2048,
+        perceptual=0.0,           # VGG16 knows photographs, and is a large download
+        steps=3500,
+        batch_size=4,
+        vq_start=0.03,
+        disc_width=16,
+        disc_start=0.75,
+        gan_start=0.8,
+        eval_every=500,
+        eval_clips=128,
+    ),
+    "sky": dict(                  # 7.7 GB of GPU memory, computed from shapes
+        width=128,
+        batch_size=16,
+        flip=True,                # skies have no left and right
+    ),
+    "ucf101": dict(
+        width=128,
+        batch_size=16,
+    ),
 }
-FIXED = ("data", "size", "frames", "stride", "crop", "flip", "down", "width", "blocks", "codes",
-         "code_dim", "disc_width", "seed")                        # when a run is resumed
+FIXED = ("data", "size", "frames", "stride", "fps", "crop", "flip", "down", "width", "blocks",
+         "codes", "code_dim", "disc_width", "seed")               # when a run is resumed
 
 # --------------------------------------------------------------------------------------------------
 # the autoencoder: convolutions factorised into space and time, on patches
@@ -97,10 +115,12 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(C))
 
     def forward(self, x):                                                    # (B, C, T, H, W)
-        gain, bias = self.gain.to(x.dtype), self.bias.to(x.dtype)
+        gain = self.gain.to(x.dtype)
+        bias = self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):                   # stay in x's dtype
             x = x.movedim(1, -1)                                             # (B, T, H, W, C)
-            return F.layer_norm(x, gain.shape, gain, bias).movedim(-1, 1)
+            x = F.layer_norm(x, gain.shape, gain, bias)
+        return x.movedim(-1, 1)
 
 class ResBlock(nn.Module):
     """Residual block: a convolution in space, then one in time."""
@@ -113,7 +133,8 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.time.bias)
 
     def forward(self, x):                                                    # (B, C, T, H, W)
-        return x + self.time(F.silu(self.space(self.norm(x))))
+        h = self.space(self.norm(x))
+        return x + self.time(F.silu(h))
 
 class PatchDown(nn.Module):
     """Cuts patches of (pt, ph, pw) and maps each to D channels:
@@ -132,7 +153,7 @@ class PatchDown(nn.Module):
         return self.proj(x.movedim(-1, 1))
 
 class PatchUp(nn.Module):
-    """The reverse of PatchDown: (B, C, T, H, W) -> (B, D, T * pt, H * ph, W * pw)"""
+    """The reverse of PatchDown, in space only: (B, C, T, H, W) -> (B, D, T, H * ph, W * pw)"""
     def __init__(self, C, D, patch):
         super().__init__()
         self.patch = patch
@@ -140,12 +161,21 @@ class PatchUp(nn.Module):
 
     def forward(self, x):
         B, _, T, H, W = x.shape
-        pt, ph, pw = self.patch
+        ph, pw = self.patch
         x = self.proj(x).movedim(1, -1)                                      # (B, T, H, W, pD)
-        x = x.view(B, T, H, W, pt, ph, pw, -1)
-        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7)                                # (B, T, pt, H, ph, ..)
-        x = x.reshape(B, T * pt, H * ph, W * pw, -1)
+        x = x.view(B, T, H, W, ph, pw, -1)
+        x = x.permute(0, 1, 2, 4, 3, 5, 6)                                   # (B, T, H, ph, W, ..)
+        x = x.reshape(B, T, H * ph, W * pw, -1)
         return x.movedim(-1, 1)
+
+class TimeUp(nn.Module):
+    """Linear interpolation to twice as many frames: (B, C, T, H, W) -> (B, C, 2T, H, W)
+
+    A residual block follows. Were frames made as patches are in space, those of one patch would
+    hardly differ, and motion would jump between two patches (Odena et al. 2016: the same in space).
+    """
+    def forward(self, x):
+        return F.interpolate(x, scale_factor=(2, 1, 1), mode="trilinear")
 
 class Quantizer(nn.Module):
     """Replaces each latent vector by the nearest entry of a learned codebook, in float32
@@ -193,7 +223,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def move_unused_codes(self, flat):
         """Set codes that are hardly used, at the first call all, to random latents (N, D)."""
-        if WORLD > 1:                                            # to choose from those of all
+        if WORLD > 1:                                            # the latents of all processes
             shares = [torch.empty_like(flat) for _ in range(WORLD)]
             dist.all_gather(shares, flat.contiguous())
             flat = torch.cat(shares)
@@ -236,7 +266,7 @@ class VQGAN(nn.Module):
         super().__init__()
         c = self.config = config
         check_sizes(c)
-        # down (4, 8, 8) takes strides (1, 2, 2), (2, 2, 2), (2, 2, 2): time, in which videos change
+        # down (4, 8, 8) takes patches (1, 2, 2), (2, 2, 2), (2, 2, 2): time, in which videos change
         # little, is halved last
         levels = max(1, int(math.log2(max(c.down))))
         encoder, decoder = [], []
@@ -247,17 +277,21 @@ class VQGAN(nn.Module):
             encoder.append(PatchDown(last, C, patch))
             encoder += [ResBlock(C) for _ in range(c.blocks)]
             level = [ResBlock(C) for _ in range(c.blocks)]
-            decoder = [*level, PatchUp(C, last, patch), *decoder]
+            if patch[0] == 2:
+                level.insert(-1, TimeUp())                       # before the last block
+            decoder = [*level, PatchUp(C, last, patch[1:]), *decoder]
             last = C
-        self.encoder = nn.Sequential(*encoder, ChannelNorm(C), PointwiseConv3d(C, c.code_dim))
+        encoder += [ChannelNorm(C), PointwiseConv3d(C, c.code_dim)]
+        stem = Conv3d(c.code_dim, C, 3, padding=1)
+        self.encoder = nn.Sequential(*encoder)
         self.quantizer = Quantizer(c.codes, c.code_dim)
-        self.decoder = nn.Sequential(Conv3d(c.code_dim, C, 3, padding=1), *decoder)
+        self.decoder = nn.Sequential(stem, *decoder)
         self.to(memory_format=torch.channels_last_3d)            # fastest for convolutions
 
     def encode(self, x):
-        frames, size = x.shape[2], x.shape[3:]
+        _, C, T, H, W = x.shape
         t, h, w = self.config.down
-        if x.shape[1] != 3 or frames % t or size[0] % h or size[1] % w:
+        if C != 3 or T % t or H % h or W % w:
             raise ValueError(f"encode() takes videos (B, 3, T, H, W) with T, H and W divisible by "
                              f"{t}, {h} and {w}, not {tuple(x.shape)}")
         return self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).float()
@@ -279,19 +313,35 @@ class VQGAN(nn.Module):
         return c.code_dim, c.frames // t, size // h, size // w
 
     def compile(self, **options):
-        """torch.compile for encode and decode as a whole, instead of for each of their blocks."""
+        """torch.compile for encode and decode, not for the quantiser between them."""
         self.encode = torch.compile(self.encode, **options)
         self.decode = torch.compile(self.decode, **options)
 
 def check_sizes(c):
     """Refuse clips that the downsampling of a Config does not divide."""
     down = ",".join(map(str, c.down))
-    if len(c.down) != 3 or any(d < 1 or d & (d - 1) for d in c.down):
+    powers_of_two = [2 ** i for i in range(10)]
+    if len(c.down) != 3 or not set(c.down) <= set(powers_of_two):
         raise UserError(f"--down {down}: must be three powers of two, as in 4,8,8")
+    t, h, w = c.down
     for side in (c.size, c.crop or c.size):
-        if c.frames % c.down[0] or side % c.down[1] or side % c.down[2]:
+        if c.frames % t or side % h or side % w:
             raise UserError(f"{c.frames} frames of {side} x {side} cannot be divided by --down "
                             f"{down}: change --frames, --size, --crop or --down")
+
+def load_vqgan(path, device="cpu"):
+    """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
+    return build_vqgan(load_checkpoint(path, device), device)
+
+def build_vqgan(checkpoint, device="cpu"):
+    """load_vqgan() of a checkpoint that is in memory."""
+    try:
+        vqgan = VQGAN(Config(**checkpoint["config"]))
+        vqgan.load_state_dict(checkpoint["model"])
+    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+        raise UserError("this checkpoint does not fit stage 1 as it is written now "
+                        f"({first_line(e)}): train anew with --fresh")
+    return vqgan.to(device).eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------
 # the discriminator
@@ -360,7 +410,9 @@ def generator_loss(fake_logits, fake_features, real_features):
 
 def discriminator_loss(real_logits, fake_logits):
     """-log D(x) - log(1 - D(y))"""
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    real = F.softplus(-real_logits).mean()
+    fake = F.softplus(fake_logits).mean()
+    return real + fake
 
 def weighted_sum(cfg, losses):
     """The sum of losses by name, each times its weight in the Config."""
@@ -376,8 +428,8 @@ def join_gradients(grad_rec, grad_adv, gan_ratio):
     """
     squares = torch.stack([grad_rec.square().sum(), grad_adv.square().sum()])
     norm_rec, norm_adv = all_reduce_sum(squares).sqrt()
-    weight = (gan_ratio * norm_rec / norm_adv.clamp_min(1e-12)).clamp(max=1)
-    return grad_rec + grad_adv * weight
+    weight = gan_ratio * norm_rec / norm_adv.clamp_min(1e-12)
+    return grad_rec + grad_adv * weight.clamp(max=1)
 
 # --------------------------------------------------------------------------------------------------
 # training
@@ -394,7 +446,8 @@ def build_networks(cfg, run):
     vqgan = VQGAN(cfg).to(run.device)
     vgg = disc = disc_opt = None
     if cfg.gan or cfg.feature:
-        disc = Discriminator(cfg.frames, cfg.crop or cfg.size, cfg.disc_width).to(run.device)
+        side = cfg.crop or cfg.size
+        disc = Discriminator(cfg.frames, side, cfg.disc_width).to(run.device)
         if WORLD > 1 and run.device.type == "cuda":              # there is none for CPUs
             disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
         disc_opt = make_adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999))
@@ -405,9 +458,11 @@ def build_networks(cfg, run):
     if can_compile(cfg.compile, run.device):
         for module in filter(None, (vqgan, disc, vgg)):
             module.compile(dynamic=False)
-    print(f"{sum(p.numel() for p in vqgan.parameters()) / 1e6:.1f}M parameters, latent "
-          f"{' x '.join(map(str, vqgan.latent_shape()))}")
-    return Networks(vqgan, make_optimizers(vqgan, cfg.lr), vgg, disc, disc_opt)
+    opts = make_optimizers(vqgan, cfg.lr)
+    num_params = sum(p.numel() for p in vqgan.parameters())
+    latent = " x ".join(map(str, vqgan.latent_shape()))
+    print(f"{num_params / 1e6:.1f}M parameters, latent {latent}")
+    return Networks(vqgan, opts, vgg, disc, disc_opt)
 
 def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
     """Add the gradients of all losses of videos x, times `fraction`, to .grad -> {name: loss}
@@ -419,7 +474,8 @@ def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
     with run.autocast():
         y, _, vq_losses = nets.vqgan(x)                                      # (B, 3, T, H, W)
         losses = reconstruction_loss(x, y, nets.vgg, frame)
-    grad_y, = torch.autograd.grad(scale(weighted_sum(cfg, losses)), y)
+    loss = scale(weighted_sum(cfg, losses))
+    grad_y, = torch.autograd.grad(loss, y)
     losses |= vq_losses
 
     if train_disc or use_gan:
@@ -435,7 +491,8 @@ def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
         losses |= gan_losses
     if train_disc:
         losses["disc"] = discriminator_loss(real_logits, fake_logits)
-        scale(losses["disc"] * fraction).backward(inputs=list(nets.disc.parameters()))
+        loss = scale(losses["disc"] * fraction)
+        loss.backward(inputs=list(nets.disc.parameters()))
         losses["D_real"] = real_logits.sigmoid().mean()
         losses["D_fake"] = fake_logits.sigmoid().mean()
 
@@ -499,21 +556,19 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
     save_grid(path, pairs, columns=len(pairs))
     count = torch.bincount(codes, minlength=vqgan.config.codes).double()
     p = count / len(codes)
-    usage = (p > 0).double().mean().item()
-    perplexity = torch.special.entr(p).sum().exp().item()
-    return dict(psnr=psnr(x, y), usage=usage, perplexity=perplexity)
+    entropy = torch.special.entr(p).sum()
+    return dict(
+        psnr=psnr(x, y),
+        usage=(p > 0).double().mean().item(),
+        perplexity=entropy.exp().item(),
+    )
 
 def psnr(x, y):
     """PSNR in dB of videos in [-1, 1], clipped, averaged over the videos."""
     error = (x.clamp(-1, 1) - y.clamp(-1, 1)) / 2                            # of a range of 1
     mse = error.square().flatten(1).mean(1)
-    return (-10 * mse.clamp_min(1e-10).log10()).mean().item()
-
-def cosine_lr(step, steps):
-    """Factor of the learning rate: linear warm-up over 2% of the steps, then a cosine to zero."""
-    warm_up = min(1, (step + 1) / (0.02 * steps + 1))
-    done = min(1, step / max(1, steps))
-    return warm_up * 0.5 * (1 + math.cos(math.pi * done))
+    decibels = -10 * mse.clamp_min(1e-10).log10()                            # (B,)
+    return decibels.mean().item()
 
 def main():
     cfg = parse_flags(Config, PRESETS)
@@ -521,24 +576,30 @@ def main():
     run = Run(out / "vqgan", cfg)
 
     # data
-    shape = cfg.size, cfg.frames, cfg.stride
+    clip = cfg.size, cfg.frames, cfg.stride, cfg.fps
     with main_process_first():
-        train = Videos(cfg.data, cfg.data_dir, "train", *shape, cfg.flip, cfg.crop)
-        test = Videos(cfg.data, cfg.data_dir, "test", *shape)
+        train = Videos(cfg.data, cfg.data_dir, "train", *clip, cfg.flip, cfg.crop)
+        test = Videos(cfg.data, cfg.data_dir, "test", *clip)
     test_clips, _ = test.fixed(cfg.eval_clips)
     def fetch(step):
         """All that is random in a step, but for the codes that the quantiser moves."""
         rng = np.random.default_rng((cfg.seed, step))
         clips, _ = train.batch(cfg.batch_size, rng)
-        return clips, torch.from_numpy(rng.integers(cfg.frames, size=cfg.batch_size))
+        frame = rng.integers(cfg.frames, size=cfg.batch_size)    # that VGG16 sees
+        return clips, torch.from_numpy(frame)
 
     # networks, and where an earlier run stopped
     torch.manual_seed(cfg.seed)
     nets = build_networks(cfg, run)
     vqgan, opts, _, disc, disc_opt = nets
     checkpoint = run.resume(cfg, FIXED)
-    start = run.restore(checkpoint, train, opts, model=vqgan, disc=disc, disc_opt=disc_opt,
-                        scaler=run.scaler)
+    start = run.restore(
+        checkpoint, train, opts,
+        model=vqgan,
+        disc=disc,
+        disc_opt=disc_opt,
+        scaler=run.scaler,
+    )
     starts = phase_starts(cfg, checkpoint)
 
     def save(step):
@@ -577,26 +638,19 @@ def main():
         losses = train_step(cfg, nets, clips, frame, step, starts, run)
 
         # log
-        run.log(step, losses, lr=opts[0].param_groups[0]["lr"],
-                dead_codes=(vqgan.quantizer.usage < 0.05).sum())
+        lr = opts[0].param_groups[0]["lr"]
+        dead_codes = (vqgan.quantizer.usage < 0.05).sum()
+        run.log(step, losses, lr=lr, dead_codes=dead_codes)
     print(f"done: {run.path}, the log {run.log_path}, reconstructions {out / 'vqgan.gif'}")
-
-def load_vqgan(path, device="cpu"):
-    """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
-    return build_vqgan(load_checkpoint(path, device), device)
-
-def build_vqgan(checkpoint, device="cpu"):
-    """load_vqgan() of a checkpoint that is in memory."""
-    try:
-        vqgan = VQGAN(Config(**checkpoint["config"]))
-        vqgan.load_state_dict(checkpoint["model"])
-    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise UserError("this checkpoint does not fit stage 1 as it is written now "
-                        f"({first_line(e)}): train anew with --fresh")
-    return vqgan.to(device).eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------
 # the optimisers, of both stages
+
+def cosine_lr(step, steps):
+    """Factor of the learning rate: linear warm-up over 2% of the steps, then a cosine to zero."""
+    warm_up = min(1, (step + 1) / (0.02 * steps + 1))
+    done = min(1, step / max(1, steps))
+    return warm_up * 0.5 * (1 + math.cos(math.pi * done))
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal (Jordan et al. 2024), scaled to the size of Adam's
@@ -628,24 +682,23 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 def orthogonalize(u):
-    """Newton-Schulz iteration towards the nearest matrix with singular values of about 1.
-
-    u: (..., m, n). Each step is u <- p(u u') u. All these p are polynomials in the first u u', a
-    small matrix, so they are multiplied together there, and u, which is often ten times as long,
-    is used only at the beginning and at the end.
-    """
+    """The nearest matrix whose singular values are all about 1: (..., m, n) -> (..., m, n)"""
     if u.shape[-2] > u.shape[-1]:
         return orthogonalize(u.mT).mT
     norm = u.norm(dim=(-2, -1), keepdim=True)
     u = u.float() / (norm + 1e-7)
-    a = u @ u.mT
-    eye = torch.eye(u.shape[-2], device=u.device)
-    q = None
-    for i in range(5):
-        p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a           # the quintic of Jordan et al.
-        q = p if q is None else p @ q
-        a = p @ a @ p if i < 4 else None                         # of the next u; they commute
-    return q @ u
+    if u.device.type == "cpu":
+        return newton_schulz_on_cpu(u)
+    return newton_schulz(u.half()).float()
+
+def newton_schulz(u):
+    """Five iterations with the quintic of Jordan et al. For matrices (..., m, n), m <= n, with
+    singular values up to 1. Rounding in float16 changes the result by 1%, in bfloat16 by 10%."""
+    for _ in range(5):
+        a = u @ u.mT                                                         # (..., m, m)
+        p = 2.0315 * a @ a - 4.7750 * a
+        u = 3.4445 * u + p @ u
+    return u
 
 def make_optimizers(model, lr):
     """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook."""
@@ -675,17 +728,18 @@ class VGG16(nn.Module):
     def __init__(self):
         super().__init__()
         layers, C = [], 3
-        for D, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for D, convolutions in zip((64, 128, 256, 512, 512), (2, 2, 3, 3, 3)):
             for _ in range(convolutions):
-                layers += [nn.Conv2d(C, D, 3, padding=1), nn.ReLU()]
+                layers.append(nn.Conv2d(C, D, 3, padding=1))
+                layers.append(nn.ReLU())
                 C = D
             layers.append(nn.MaxPool2d(2))
         layers.pop()                                             # nothing follows the last one
         self.features = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-        mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)          # of ImageNet
-        std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        mean = torch.tensor([0.485, 0.456, 0.406])               # of ImageNet's pixels
+        std = torch.tensor([0.229, 0.224, 0.225])
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
 
     def normalized_features(self, x):
         """Yield (N, D, H, W) after each of the five layers, of length 1 along D."""
@@ -700,7 +754,8 @@ class VGG16(nn.Module):
             targets = list(self.normalized_features(x))
         distance = 0
         for target, feature in zip(targets, self.normalized_features(y)):
-            distance = distance + (target - feature).square().sum(1).mean()
+            squared = (target - feature).square().sum(1)                     # (N, H, W)
+            distance = distance + squared.mean()
         return distance / len(targets)
 
 def load_vgg(path=""):
@@ -724,7 +779,23 @@ def load_vgg(path=""):
     return vgg.eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------
-# CPU workarounds, torch 2.13: without them both classes could be nn.Conv3d
+# CPU workarounds, torch 2.13: without them newton_schulz() and nn.Conv3d would do
+
+def newton_schulz_on_cpu(u):
+    """newton_schulz() in half the time, in float32 only: small errors grow with the products.
+
+    Each iteration multiplies u by a polynomial in the first u u', a small matrix. So these are
+    multiplied together first, and u, which is often ten times as long, only once.
+    """
+    a = u @ u.mT
+    eye = torch.eye(u.shape[-2])
+    q = eye
+    for i in range(5):
+        p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a
+        q = p @ q
+        if i < 4:
+            a = p @ a @ p                                        # u u' of the next u; all commute
+    return q @ u
 
 class Conv3d(nn.Conv3d):
     """oneDNN computes wrong bfloat16 gradients for a padded time kernel over exactly two frames,

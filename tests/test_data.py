@@ -152,9 +152,9 @@ def test_genuine_ucf101_files_decode_in_full(name, frames):
 def decoded(monkeypatch):
     """A list of the names of the videos that prepare() decodes."""
     names, decode = [], data.decode
-    def decode_and_record(source, path, size):
+    def decode_and_record(source, *more):
         names.append(source.name)
-        return decode(source, path, size)
+        return decode(source, *more)
     monkeypatch.setattr(data, "decode", decode_and_record)
     return names
 
@@ -216,8 +216,8 @@ def test_an_interrupted_preparation_goes_on(tmp_path, decoded, monkeypatch):
     for i in range(12):
         write_frames(tmp_path / "v" / f"{i:02d}", range(i, i + 5))
     read_frames = data.read_frames
-    def read_two_frames_of_number_6(path, size):
-        for i, frame in enumerate(read_frames(path, size)):
+    def read_two_frames_of_number_6(path, *more):
+        for i, frame in enumerate(read_frames(path, *more)):
             if path.name == "06" and i == 2:
                 raise KeyboardInterrupt
             yield frame

@@ -47,7 +47,7 @@ def meta_model(meta_run):
     vqgan.quantizer.started = True
     cfg = diffusion.Config(width=16, mults=(1, 2), blocks=1, head_dim=8, batch_size=4,
                            full_attention_tokens=64, grad_accum_steps=2)
-    return diffusion.LatentDiffusion(cfg, vqgan, (16, 32, 1), ["a", "b"], META)
+    return diffusion.LatentDiffusion(cfg, vqgan, (32, 16, 1, 0), ["a", "b"], META)
 
 def test_a_step_of_stage_2_does_not_wait_for_the_device(meta_run, meta_model):
     """A table of noise levels on the CPU, a loss that is read, labels looked up by value."""

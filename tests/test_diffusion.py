@@ -36,7 +36,7 @@ def make_model(classes=("a", "b")):
     """A LatentDiffusion of pixels, with that U-Net: clips of 4 frames of 8 x 8, 20 timesteps."""
     config = Config(width=16, mults=(1, 2), blocks=1, head_dim=8, full_attention_tokens=64,
                     timesteps=20)
-    model = LatentDiffusion(config, None, (4, 8, 1), classes, CPU)
+    model = LatentDiffusion(config, None, (8, 4, 1, 0), classes, CPU)
     model.unet = make_unet(len(classes))
     model.bound = 3.0
     return model
@@ -505,7 +505,7 @@ def test_windows_are_counted_right(monkeypatch, given):
         windows.clear()
         x = sample.sample_long(model, [0], None, 1.0, "dpm", 4, float32, length, start)
         assert x.shape == (1, 3, length, 8, 8)
-        assert sample.count_windows(4, length, given) == len(windows)
+        assert sample.count_sampler_calls(4, length, given) == len(windows)
 
 def test_a_window_continues_what_the_encoder_makes_of_the_decoded_video(stage2, monkeypatch):
     """Generated latents given as they are; the wrong frames; latents that are not normalised, or
@@ -582,7 +582,7 @@ def test_latents_belong_to_their_labels_and_are_made_once(stage1, clips, tmp_pat
     in time; latents of an older stage 1 kept."""
     videos = Videos(clips, stage1.home, "train", 16, 8, flip=flip)
     config = Config(width=16, mults=(1,), head_dim=8)
-    model = LatentDiffusion(config, load_vqgan(stage1.path), (8, 16, 1), videos.classes, CPU)
+    model = LatentDiffusion(config, load_vqgan(stage1.path), (16, 8, 1, 0), videos.classes, CPU)
     n = 2 * len(videos)
     def encode():
         z, labels = diffusion.encode_dataset(model, videos, n, tmp_path, float32)
@@ -634,7 +634,7 @@ def test_stage_1_stays_frozen_and_the_average_is_what_samples(stage1, stage2):
     same(state["vqgan"]["model"], first["model"])
     assert state["vqgan"]["step"] == 60
     assert state["classes"] == ["spin", "wave"]
-    assert tuple(state["clip"]) == (8, 16, 1)
+    assert tuple(state["clip"]) == (16, 8, 1, 0)
     groups = [group for opt in state["opts"] for group in opt["param_groups"]]
     assert sum(len(group["params"]) for group in groups) == len(state["model"])
     for name, weight in state["model"].items():
@@ -665,7 +665,7 @@ def test_average_follows_the_formula(stage1, stage2, main, monkeypatch):
     assert torch.allclose(average, state["ema"]["out.2.weight"], atol=1e-6)
 
 @pytest.mark.parametrize("flags", [
-    ["--pixels", "--size", "8", "--frames", "4"],
+    ["--pixels", "--size", "8", "--frames", "4", "--grad_accum_steps", "2"],
     ["--num_latents", "0", "--predict", "eps", "--noise_schedule", "linear"]])
 def test_pixels_and_fresh_windows(stage1, stage2, main, flags):
     """--pixels that needs a stage 1 after all, or whose run cannot go on; --num_latents 0 that

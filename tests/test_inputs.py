@@ -1,6 +1,8 @@
 """Inputs that users have: what a folder means, what a file says about itself, arrays, our outputs.
 Each test names the mistake that would be made in silence."""
+import os
 import struct
+import sys
 
 import imageio.v3 as iio
 import numpy as np
@@ -119,6 +121,43 @@ def test_numbered_classes_count_as_numbers_and_a_folder_around_is_looked_through
             gif(tmp_path / "zip" / "set" / str(name) / f"{i}.gif", i)
     assert videos(tmp_path / "zip", tmp_path).classes == ["1", "2", "10"]
 
+# ---- frame rates ----
+
+def test_fps_takes_the_frames_that_are_shown_at_its_times(tmp_path):
+    """24 frames a second learned as if they were 6; a rate that changes within a video."""
+    video = np.stack([grey(10 * t, 32) for t in range(24)])
+    iio.imwrite(tmp_path / "v.mp4", video, plugin="pyav", codec="libx264", fps=24)
+    def shown(path, fps):
+        values = data.read_video(path, 32, fps)[:, 16, 16, 0].astype(float)
+        return np.rint(values / 10).astype(int).tolist()
+    assert shown(tmp_path / "v.mp4", 0) == [*range(24)]
+    assert shown(tmp_path / "v.mp4", 6) == [0, 4, 8, 12, 16, 20]
+    assert shown(tmp_path / "v.mp4", 48) == np.repeat(np.arange(24), 2)[:-1].tolist()
+    iio.imwrite(tmp_path / "v.gif", video[:4], plugin="pillow", duration=[100, 300, 100, 100])
+    assert shown(tmp_path / "v.gif", 10) == [0, 1, 1, 1, 2, 3]
+
+def test_rates_are_printed_and_fps_is_a_part_of_the_cache(tmp_path, capsys):
+    """Rates that differ, without a word; frames of another --fps taken from the cache."""
+    video = np.stack([grey(10 * t, 32) for t in range(24)])
+    (tmp_path / "set").mkdir()
+    for rate in 12, 24:
+        iio.imwrite(tmp_path / "set" / f"{rate}.mp4", video, plugin="pyav", codec="libx264",
+                    fps=rate)
+    found = data.prepare(tmp_path / "set", tmp_path, size=32)[0]
+    assert "12 to 24 frames a second" in capsys.readouterr().out
+    assert [v.frames for v in found] == [24, 24]
+    found = data.prepare(tmp_path / "set", tmp_path, size=32, fps=12)[0]
+    assert [v.frames for v in found] == [24, 12]
+
+def test_fps_of_what_has_no_times_is_refused(tmp_path, capsys):
+    """A flag that does nothing, for folders of frames and arrays"""
+    frames(tmp_path / "set" / "v", [f"{t}.png" for t in range(12)])
+    with pytest.raises(data.UserError, match="no usable video"):
+        data.prepare(tmp_path / "set", tmp_path, size=16, fps=8)
+    assert "its frames have no times" in capsys.readouterr().out
+    with pytest.raises(data.UserError, match="have no times"):
+        data.prepare("toy", tmp_path, size=16, fps=8)
+
 # ---- what a file says about itself ----
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
@@ -161,9 +200,9 @@ def test_pictures_of_all_kinds(tmp_path):
     exif = turned.getexif()
     exif[0x112] = 6                                              # turn clockwise to display
     turned.save(tmp_path / "exif.jpg", exif=exif, quality=98)
-    grey16, _ = data.read_picture(tmp_path / "grey16.png")
-    alpha, _ = data.read_picture(tmp_path / "alpha.png")
-    exif, _ = data.read_picture(tmp_path / "exif.jpg")
+    grey16, *_ = data.read_picture(tmp_path / "grey16.png")
+    alpha, *_ = data.read_picture(tmp_path / "alpha.png")
+    exif, *_ = data.read_picture(tmp_path / "exif.jpg")
     assert abs(grey16[..., 0] - ramp * 255).max() <= 1
     assert (alpha[:8] == 0).all()
     assert (alpha[8:] == 200).all()
@@ -231,6 +270,15 @@ def test_lists_from_windows(tmp_path):
     listing = data.list_ucf101(tmp_path, "train")
     assert listing.classes == ["Bend", "Jump"]
     assert [s.label for s in listing.sources] == ["Bend"]
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
+def test_names_that_are_no_utf8(tmp_path, main):
+    """A name of Latin-1 from an old archive, which cannot be printed."""
+    for i in range(4):
+        gif(tmp_path / "set" / os.fsdecode((b"caf\xe9", b"tea")[i % 2]) / f"{i}.gif", i)
+    result = main(data, "--data", "set", "--size", 16, "--frames", 8)
+    assert result.code == 0
+    assert "2 classes: caf" in result.out
 
 def test_a_folder_called_like_a_set_is_not_the_set(tmp_path, monkeypatch):
     """A folder "sky" of one's own that trains into runs/sky with the presets of Sky Timelapse."""

@@ -48,7 +48,7 @@ def test_stage_2_inherits_learns_and_says_so(stage2):
     log = read_log(stage2.path)
     scores = [row["held_out_loss"] for row in log if "held_out_loss" in row]
     assert len(scores) == 3
-    assert 0.8 < scores[0] < 1.5                            # of a network that predicts nearly 0
+    assert 0.6 < scores[0] < 1.5                            # of a network that predicts nearly 0
     assert scores[-1] < scores[0] - 0.02
     assert {"loss_t1", "loss_t2", "loss_t3", "loss_t4", "lr", "seconds_a_step"} <= set(log[1])
     assert "inherited from stage 1, trained for 60 steps: 8 frames of 16 x 16" in stage2.out
@@ -162,6 +162,20 @@ def test_longer_videos_and_a_given_start(stage2, clips, main):
     expected = to_uint8(reconstruction)[:, :4]              # the decoder sees nothing new there
     assert abs(videos[:, :4].astype(int) - expected).mean() < 3
     assert abs(videos[0, 8:].astype(int) - videos[1, 8:]).mean() > 1
+
+def test_a_picture_to_start_from(stage2, clips, main):
+    """A picture that is refused as too short, or that is not what the video begins with."""
+    picture = read_video(clips / "spin" / "00.mp4", 16)[3]
+    iio.imwrite("start.png", picture)
+    flags = ["--checkpoint", stage2.path, "--out", "s", "--steps", 10, "--n", 2]
+    result = main(sample, *flags, "--start", "start.png", "--frames", 8)
+    assert result.code == 0, result.err
+    videos, _ = read_samples("s")
+    still = to_float(picture[None, None].repeat(8, 1))
+    reconstruction, _, _ = load_diffusion(stage2.path).vqgan(still)
+    expected = to_uint8(reconstruction)[:, :2]
+    assert abs(videos[:, :2].astype(int) - expected).mean() < 3
+    assert abs(videos[0, 4:].astype(int) - videos[1, 4:]).mean() > 1
 
 @pytest.mark.parametrize("flags, words", [
     ("", "there is no runs/toy/diffusion.pt|python diffusion.py"),

@@ -88,7 +88,7 @@ def build_vqgan(preset, device, **changes):
 def build_model(preset, vqgan, frames, size, device):
     """A LatentDiffusion of a preset; without a stage 1 on pixels"""
     config = diffusion.Config(**diffusion.PRESETS[preset])
-    return diffusion.LatentDiffusion(config, vqgan, (frames, size, 1), None, device)
+    return diffusion.LatentDiffusion(config, vqgan, (size, frames, 1, 0), None, device)
 
 # --------------------------------------------------------------------------------------------------
 # table 1: sampling, latents against pixels

@@ -46,9 +46,9 @@ def main():
     args = parser.parse_args()
     samples = open_samples(args.samples)
     made = read_settings(args.samples)
-    shape = made["size"], made["frames"], made["stride"]
-    train = Videos(made["data"], args.data_dir, "train", *shape)
-    test = Videos(made["data"], args.data_dir, "test", *shape)
+    clip = made["size"], made["frames"], made["stride"], made["fps"]
+    train = Videos(made["data"], args.data_dir, "train", *clip)
+    test = Videos(made["data"], args.data_dir, "test", *clip)
     windows = all_windows(train)
     train_pixels = torch.stack([shrink(train.window(*window)) for window in windows])
     test_pixels = torch.stack([shrink(test.window(*window)) for window in all_windows(test)])

@@ -87,17 +87,18 @@ def fast_energy(x):
     """Mean square of the fast part, in squared grey levels"""
     return fast_part(x).square().mean().item() * 127.5 ** 2
 
-def frame_changes(x, frames_per_latent):
-    """Root mean square change from a frame to the next, in grey levels: within a latent frame, and
-    where the next latent frame begins"""
-    change = x.diff(dim=2).mul(127.5).square().mean((0, 1, 3, 4))            # (T-1,)
-    is_border = torch.arange(1, x.shape[2]) % frames_per_latent == 0
+def changes(x, axis, period):
+    """Root mean square change along an axis from a position to the next, in grey levels: within a
+    latent, and where the next latent begins"""
+    change = x.diff(dim=axis).mul(127.5).square().movedim(axis, 0).flatten(1).mean(1)
+    is_border = torch.arange(1, x.shape[axis]) % period == 0
     return change[~is_border].mean().sqrt().item(), change[is_border].mean().sqrt().item()
 
-def print_row(name, decibels, rfvd, x, frames_per_latent):
-    within, between = frame_changes(x, frames_per_latent)
-    print(f"{name:<66}{decibels:>7}{rfvd:>8}{fast_energy(x):>13.2f}{within:>8.2f}{between:>9.2f}",
-          flush=True)
+def print_row(name, decibels, rfvd, x, down):
+    within, between = changes(x, 2, down[0])
+    within_columns, between_columns = changes(x, 4, down[2])
+    print(f"{name:<66}{decibels:>7}{rfvd:>8}{fast_energy(x):>13.2f}{within:>8.2f}{between:>9.2f}"
+          f"{between_columns / within_columns:>7.2f}", flush=True)
 
 @torch.no_grad()
 def main():
@@ -109,18 +110,20 @@ def main():
     vqgan = load_vqgan(args.vqgan)
     i3d = evaluate.load_i3d(args.i3d)
     c = vqgan.config
-    clips, _ = Videos(c.data, c.data_dir, "test", c.size, c.frames, c.stride).fixed(args.n)
+    test = Videos(c.data, c.data_dir, "test", c.size, c.frames, c.stride, c.fps)
+    clips, _ = test.fixed(args.n)
     x = to_float(clips)                                                      # (n, 3, T, H, W)
     real = evaluate.i3d_logits(i3d, clips.numpy())
     print(f"{len(clips)} test windows of {c.data}, evenly spaced. PSNR in dB; energy of the fast "
           "part in squared grey levels; change\nfrom a frame to the next in grey levels, within a "
-          "latent frame and between two\n"
-          f"{'':<66}{'PSNR':>7}{'rFVD':>8}{'fast energy':>13}{'within':>8}{'between':>9}")
-    print_row("real clips", "", "", x, c.down[0])
+          "latent frame and between two; grid: the same\nfrom a column of pixels to the next, "
+          "between divided by within\n"
+          f"{'':<66}{'PSNR':>7}{'rFVD':>8}{'fast energy':>13}{'within':>8}{'between':>9}{'grid':>7}")
+    print_row("real clips", "", "", x, c.down)
     for name, y in variants(vqgan, x, torch.Generator().manual_seed(0)):
         written = to_uint8(y)
         rfvd = evaluate.frechet_distance(real, evaluate.i3d_logits(i3d, written))
-        print_row(name, f"{psnr(x, y):.2f}", f"{rfvd:.1f}", to_float(written), c.down[0])
+        print_row(name, f"{psnr(x, y):.2f}", f"{rfvd:.1f}", to_float(written), c.down)
 
 if __name__ == "__main__":
     run_main(main)

@@ -132,12 +132,11 @@ def main():
     videos = open_samples(args.long) if args.long else None
     n = len(videos) if args.long else args.n
 
-    frames, size, stride = model.clip
     c = model.config
-    train = Videos(c.data, c.data_dir, "train", size, frames, stride)
+    train = Videos(c.data, c.data_dir, "train", *model.clip)
     real = evaluate.real_logits(i3d, train, n, 0, None, 4, c.data_dir, args.dtype)
     if args.long:
-        score_windows(videos, frames, i3d, real, args.dtype)
+        score_windows(videos, train.frames, i3d, real, args.dtype)
     else:
         sweep(args, model, autocast, i3d, real)
 

@@ -143,10 +143,10 @@ def report_prediction(checkpoint, n=64):
     """Print the PSNR of held-out clips that are continued from their first latent frame: with and
     without the label, and by repeating the last given frame."""
     model = load_diffusion(checkpoint)
-    frames, size, stride = model.clip
+    frames = model.clip[1]
     given = frames // model.shape[1]                             # frames of one latent frame
     c = model.config
-    clips, labels = Videos(c.data, c.data_dir, "test", size, frames, stride).fixed(n)
+    clips, labels = Videos(c.data, c.data_dir, "test", *model.clip).fixed(n)
     x = to_float(clips)                                                      # (n, 3, T, H, W)
     cond_frames = encode_cond_frames(model, x[:, :, :given])
     print(f"PSNR of the last {frames - given} of {frames} frames, {n} held-out clips")
