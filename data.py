@@ -524,7 +524,11 @@ def read_frames(path, size, fps=0):
     path, frame = Path(path), None
     try:
         if path.is_dir():
-            frames = (read_picture(file) for file in list_frames(path))
+            files = list_frames(path)
+            remark = check_frames(files)
+            if remark.startswith("mixed"):
+                raise ValueError(remark)
+            frames = (read_picture(file) for file in files)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             frames = [read_picture(path)]
         elif path.suffix.lower() == ".gif":
@@ -541,7 +545,7 @@ def read_frames(path, size, fps=0):
 def explain_decoder(e):
     """What a decoder's error means."""
     text = first_line(e)
-    if "Invalid data found" in text or "unrecognized image" in text:
+    if re.search("Invalid data found|unrecognized image|can not handle", text):
         return f"it is damaged, or not of the kind that its name says ({text})"
     return text
 
@@ -834,7 +838,8 @@ def estimate_disk(folder, paths, size, fps, title):
         total += frames * fps / rate if fps and rate else frames
     if rates:
         slowest, fastest = min(rates), max(rates)
-        print(f"{title}: {slowest:.4g} to {fastest:.4g} frames a second")
+        span = f"{slowest:.4g} to " if slowest < fastest else ""
+        print(f"{title}: {span}{fastest:.4g} frames a second")
         if fastest > 1.2 * slowest and not fps:
             print("note: the same motion has more frames in some videos than in others; "
                   f"--fps {slowest:.3g} gives all the same rate")
