@@ -175,7 +175,9 @@ class TimeUp(nn.Module):
     hardly differ, and motion would jump between two patches (Odena et al. 2016: the same in space).
     """
     def forward(self, x):
-        return F.interpolate(x, scale_factor=(2, 1, 1), mode="trilinear")
+        H, W = x.shape[3:]
+        x = F.interpolate(x.flatten(3), scale_factor=(2, 1), mode="bilinear")    # (B, C, 2T, HW)
+        return x.unflatten(3, (H, W))
 
 class Quantizer(nn.Module):
     """Replaces each latent vector by the nearest entry of a learned codebook, in float32
