@@ -67,7 +67,8 @@ def test_missing_frames_are_said_and_a_bad_frame_costs_what_follows(tmp_path, ca
     assert {v.name: v.frames for v in found} == {"cut": 10, "gap": 13}
     out = capsys.readouterr().out
     assert "used, though frames are missing: gap (after 5.png)" in out
-    assert "used up to a damage: cut (10 frames, then 10.png" in out
+    assert "used up to a damage: cut (10 frames, then it is damaged" in out
+    assert "10.png" in out
 
 def test_pictures_beside_videos_are_no_video(tmp_path, capsys):
     """A cover that becomes a clip of one frame and turns the classes off."""
