@@ -788,7 +788,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
     name = run_name(data)
     folder = cache_folder(data, data_dir)
     is_array = Path(data).suffix in (".npy", ".npz")
-    if fps and (data == "toy" or is_array):
+    if fps and (data in ("toy", "sky") or is_array):
         raise UserError(f"--fps: the frames of --data {data} have no times; leave it off, or take "
                         "every second frame with --stride 2")
     if data == "toy":

@@ -87,7 +87,7 @@ PRESETS = {
         steps=2000,
         batch_size=16,
         lr=4e-3,
-        num_latents=8192,         # encoded once, which saves time
+        num_latents=8192,         # windows of the 8192 videos, encoded once
         ema=0.99,                 # for few steps, a short average
         eval_every=1000,
     ),
@@ -109,9 +109,9 @@ class ResBlock(nn.Module):
     """A convolution in space, one in time, and one in space; noise level and label scale and shift
     what comes between the last two.
 
-    Time is mixed before the label acts: "it was further left a frame ago" must be a channel for
-    "moving right" to select. With attention alone to mix frames, directions of the toy stayed at
-    chance.
+    The label acts after the convolution in time. Only there can a channel mean "it was further
+    left a frame ago", which the label "moving right" can then amplify. When attention alone mixed
+    the frames, the toy's directions were no better than chance.
     """
     def __init__(self, C, D, E, dropout):
         super().__init__()
@@ -141,9 +141,9 @@ class Attention(nn.Module):
     """Multi-head self-attention over "time", the frames at each position; "space", the positions of
     each frame; or "both", all positions of all frames, so that a moving thing keeps its colour.
 
-    A learned bias for each head and relative position, as in VDM, but in time, height and width,
-    distinguishes before from after. In time it is the same for all distances beyond max_distance,
-    so that any number of frames is possible. size: height and width of a frame.
+    Each head has a learned bias for each offset between two positions in time, height and width
+    (VDM: in time only), so it can tell before from after. Offsets in time beyond max_distance share
+    one bias, so that any number of frames is possible. size: height and width of a frame.
     """
     def __init__(self, C, head_dim, axes, size):
         super().__init__()
@@ -162,18 +162,15 @@ class Attention(nn.Module):
         bias = -(distance - preferred).abs().float()                         # (heads, distances)
         in_space = (2 * self.size - 1) ** 2
         self.bias = nn.Parameter(bias.repeat_interleave(in_space, 1))
-        self.reused = None                                                   # see reuse_biases()
+        self.reused = None                                       # the bias, in reuse_biases()
 
     def relative_bias(self, T):
         """The bias of each pair of positions: (heads, L, L)"""
-        if self.reused is not None and T in self.reused:
-            return self.reused[T]
+        if self.reused is not None:
+            return self.reused
         index = relative_index(T, self.size, self.max_distance, self.bias.device)    # (L, L)
         columns = index.flatten().expand(self.heads, -1)                     # (heads, L*L)
-        bias = self.bias.gather(1, columns).view(self.heads, *index.shape)
-        if self.reused is not None:
-            self.reused[T] = bias
-        return bias
+        return self.bias.gather(1, columns).view(self.heads, *index.shape)
 
     def forward(self, x, T):                                                 # (B*T, C, H, W)
         N, C, H, W = x.shape
@@ -206,8 +203,8 @@ def relative_index(T, size, max_distance, device):
     rows = 2 * size - 1
     return (t * rows + y + size - 1) * rows + x + size - 1
 
-class Level(nn.Module):
-    """A residual block, then attention over each of the axes."""
+class UNetBlock(nn.Module):
+    """A residual block, then an Attention for each entry of axes."""
     def __init__(self, C, D, E, config, axes, size):
         super().__init__()
         self.block = ResBlock(C, D, E, config.dropout)
@@ -255,18 +252,18 @@ class UNet(nn.Module):
         skips = [C]
         for i, D in enumerate(widths):
             for _ in range(c.blocks):
-                self.down.append(Level(C, D, E, c, [axes[i]], sizes[i]))
+                self.down.append(UNetBlock(C, D, E, c, [axes[i]], sizes[i]))
                 C = D
                 skips.append(C)
             if i < len(widths) - 1:
                 self.down.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
                 skips.append(C)
         for _ in range(2):
-            self.middle.append(Level(C, C, E, c, middle_axes, sizes[-1]))
+            self.middle.append(UNetBlock(C, C, E, c, middle_axes, sizes[-1]))
         for i, D in reversed(list(enumerate(widths))):
             for _ in range(c.blocks + 1):
                 C += skips.pop()                                 # concatenated
-                self.up.append(Level(C, D, E, c, [axes[i]], sizes[i]))
+                self.up.append(UNetBlock(C, D, E, c, [axes[i]], sizes[i]))
                 C = D
             if i > 0:
                 self.up.append(nn.Sequential(
@@ -304,12 +301,12 @@ class UNet(nn.Module):
         h = self.stem(h.contiguous(memory_format=torch.channels_last))       # (B*T, width, H, W)
         skips = [h]
         for layer in self.down:
-            h = layer(h, emb, T) if isinstance(layer, Level) else layer(h)
+            h = layer(h, emb, T) if isinstance(layer, UNetBlock) else layer(h)
             skips.append(h)
         for layer in self.middle:
             h = layer(h, emb, T)
         for layer in self.up:
-            if isinstance(layer, Level):
+            if isinstance(layer, UNetBlock):
                 h = torch.cat([h, skips.pop()], 1)
                 h = layer(h, emb, T)
             else:
@@ -322,13 +319,14 @@ class UNet(nn.Module):
 
 class Diffusion:
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), where t runs from 0, nearly
-    clean, to T - 1, nearly noise (Ho et al. 2020, eq. 4)."""
+    clean, to timesteps - 1, nearly noise (Ho et al. 2020, eq. 4)."""
     def __init__(self, timesteps, noise_schedule, predict, device="cpu"):
         if noise_schedule not in ("cosine", "linear"):
             raise UserError(f"--noise_schedule {noise_schedule}: must be cosine or linear")
         if predict not in ("eps", "v"):
             raise UserError(f"--predict {predict}: must be eps or v")
-        self.T, self.predict = timesteps, predict
+        self.timesteps = timesteps
+        self.predict = predict
         if noise_schedule == "linear":                           # beta 1e-4 to 0.02 at T = 1000
             beta = torch.linspace(0.1 / timesteps, 20 / timesteps, timesteps, dtype=torch.float64)
         else:                                                    # Nichol & Dhariwal 2021, eq. 17
@@ -341,17 +339,18 @@ class Diffusion:
 
     def times(self, u):
         """Numbers in [0, 1) -> times t: uniform numbers give the times of training."""
-        return (u * self.T).long().clamp(max=self.T - 1)
+        t = (u * self.timesteps).long()
+        return t.clamp(max=self.timesteps - 1)
 
     def sampling_times(self, steps):
-        """`steps` times, evenly spaced, from T - 1, pure noise, down to 0.
+        """`steps` times, evenly spaced, from timesteps - 1, nearly noise, to 0.
 
         With eps the first is the largest t whose sqrt(alpha_bar_t) is at least 0.03, and there may
         be fewer times: x_0 is (x_t - sigma eps) / alpha, so an error of the network in eps grows by
         1 / alpha, which is 20,000 at the end of the cosine schedule. v has no such division (Lin et
         al. 2023, section 3.2).
         """
-        first = self.T - 1
+        first = self.timesteps - 1
         if self.predict == "eps":
             first = (self.alpha_bar >= 0.03 ** 2).sum().item() - 1
         times = torch.linspace(first, 0, steps, dtype=torch.float64)
@@ -535,8 +534,8 @@ class LatentDiffusion:
         or a function like those. cond_frames (N, C, K, H, W): the first K frames, given.
         progress(x, x_0) is called after each step.
         """
-        if not 1 <= steps <= self.diffusion.T:
-            raise UserError(f"--steps {steps}: must be from 1 to {self.diffusion.T}, the "
+        if not 1 <= steps <= self.diffusion.timesteps:
+            raise UserError(f"--steps {steps}: must be from 1 to {self.diffusion.timesteps}, the "
                             "--timesteps of training")
         streams = []
         for seed in seeds:
@@ -560,7 +559,7 @@ class LatentDiffusion:
         if not callable(sampler):
             sampler = SAMPLERS[sampler or next(iter(SAMPLERS))]
         times = self.diffusion.sampling_times(steps)
-        with reuse_biases(self.unet):
+        with reuse_biases(self.unet, self.shape[1]):
             for x, x0 in sampler(denoise, self.diffusion, x, times, randn):
                 if progress:
                     progress(x, x0)
@@ -647,11 +646,11 @@ class Latents:
         return self.model.normalize(samples.float())
 
     def fit_statistics(self, seed):
-        """Set the model's statistics, those of 1024 z."""
+        """Set the model's statistics from z of 1024 random windows."""
         z = []
         for i in range(16):
             samples, _ = self.fetch(64, np.random.default_rng((seed, i)))
-            z.append(self.to_latents(samples))                   # with mean 0, std 1 until now
+            z.append(self.to_latents(samples))                   # not normalised so far
         z = torch.cat(z)
         mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
@@ -707,8 +706,9 @@ def load_stage1(cfg, checkpoint, out, device):
         stage1 = checkpoint["vqgan"]
         step = load_checkpoint(path)["step"] if path.exists() else stage1["step"]
         if step != stage1["step"]:
-            print(f"note: {path} has been trained for {step} steps, and this run goes on "
-                  f"with the stage 1 it began with, of {stage1['step']}; --fresh takes the other")
+            print(f"note: {path} has now been trained for {step} steps, but this run keeps the "
+                  f"stage 1 that it began with, of {stage1['step']} steps; to use the new one, "
+                  "start anew with --fresh")
     else:
         found = load_checkpoint(path)
         if not found["model"].get("quantizer._extra_state", True):
@@ -719,7 +719,8 @@ def load_stage1(cfg, checkpoint, out, device):
     print(f"inherited from stage 1, trained for {stage1['step']} steps: {c['frames']} frames of "
           f"{c['size']} x {c['size']}, stride {c['stride']}")
     if stage1["step"] < c["steps"]:
-        print(f"note: stage 1 stopped before its {c['steps']} steps; vqgan3d.py goes on with them")
+        print(f"note: stage 1 stopped before its {c['steps']} steps; to finish them, run "
+              "vqgan3d.py again")
     if run_name(c["data"]) != run_name(cfg.data):
         print(f"note: stage 1 was trained on {c['data']}, this stage is on {cfg.data}")
     return stage1, build_vqgan(stage1, device)
@@ -772,9 +773,9 @@ def draw_noise(cfg, model, labels, stream):
     if model.classes:                                            # the null label is trained here
         drop = torch.rand(B, generator=stream) < cfg.label_drop
         labels = torch.where(drop, null_label, labels)
-    is_given = torch.rand(B, generator=stream) < cfg.cond_prob
+    has_cond = torch.rand(B, generator=stream) < cfg.cond_prob
     num_cond = torch.randint(T, (B,), generator=stream)
-    num_cond = torch.where(is_given, num_cond, 0)
+    num_cond = torch.where(has_cond, num_cond, 0)
     return u, model.diffusion.times(u), eps, labels, num_cond
 
 def loss_by_time(history):
@@ -808,7 +809,7 @@ def train_step(cfg, unet, model, opts, batch, latents, step, run):
     average_gradients(unet)
     run.update(opts, cfg.lr * cosine_lr(step, cfg.steps))
     run.scaler.update()
-    decay = min(cfg.ema, (1 + step) / (10 + step))               # a young average forgets faster
+    decay = min(cfg.ema, (1 + step) / (10 + step))               # at first a shorter average
     update_average = get_ema_multi_avg_fn(decay)
     update_average(list(model.unet.parameters()), list(unet.parameters()), None)
     return torch.cat(losses), torch.cat(us)
@@ -848,7 +849,7 @@ def main():
         latents = Latents(model, train, cfg.num_latents, out, run.autocast)
 
     # where an earlier run stopped
-    start = run.restore(
+    first_step = run.restore(
         checkpoint, train, opts,
         model=unet,
         ema=model.unet,
@@ -877,8 +878,8 @@ def main():
     held_out = HeldOut(model, latents, test)
 
     history = deque(maxlen=LOG_EVERY)
-    batches = run.prefetch(latents.batch, start, cfg.steps)
-    for step in run.steps(start, cfg.steps, "stage 2"):
+    batches = run.prefetch(latents.batch, first_step, cfg.steps)
+    for step in run.steps(first_step, cfg.steps, "stage 2"):
         # once in a while: evaluate, preview and save
         if run.evaluation_due(step, cfg.eval_every):
             if not RANK:
@@ -889,7 +890,7 @@ def main():
                 save(step)
         if step == cfg.steps:
             break
-        if step > start and run.stop_requested(step):
+        if step > first_step and run.stop_requested(step):
             save(step)
             print(f"stopped after step {step} and saved {run.path}; the same command goes on")
             return
@@ -941,11 +942,12 @@ def attend(q, k, v, bias):
     return F.scaled_dot_product_attention(q, k, v, bias[None])
 
 @contextmanager
-def reuse_biases(unet):
-    """While sampling, the weights stay the same: each attention gathers its biases only once."""
+def reuse_biases(unet, T):
+    """While sampling clips of T latent frames, weights and length stay the same: each attention
+    gathers its bias only once, here, outside of what torch.compile makes a CUDA graph of."""
     layers = [m for m in unet.modules() if isinstance(m, Attention)]
     for layer in layers:
-        layer.reused = {}
+        layer.reused = layer.relative_bias(1 if layer.axes == "space" else T)
     try:
         yield
     finally:

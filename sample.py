@@ -109,12 +109,13 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
                 progress=None):
     """LatentDiffusion.sample of any length: (N, C, length, h, w)
 
-    start (N, C, K, h, w): latents to begin with, which count for the length. Each window goes on
-    from the last half of what is there, encoded again. Without guidance: the given frames show the
-    class, and guidance would change their colours a little more in every window.
+    start (N, C, K, h, w): latents that the video begins with; they are part of the length. Each
+    further window is given the last latent frames so far, at most T // 2: those of start as they
+    are, generated ones decoded and encoded again. Its guidance is at most 1: the given frames show
+    the class, and more guidance would change their colours a little more in every window.
     """
     T = model.shape[1]
-    if length > T == 1:
+    if T == 1 and length > 1:
         raise UserError("--frames: clips of a single latent frame leave no room to continue one; "
                         "train with more --frames, or a smaller --down in time")
     streams = [noise_stream(seed) for seed in seeds]
@@ -130,9 +131,10 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
         video = torch.cat([video, window[:, :, K:]], 2)
     return video[:, :, :length]
 
-def count_sampler_calls(T, length, given):
-    """How often sample_long() calls the sampler; given: latent frames to begin with, or 0"""
-    calls, frames = 0, given
+def count_sampler_calls(T, length, num_cond):
+    """How often sample_long() calls the sampler; num_cond: latent frames to begin with, or 0"""
+    calls = 0
+    frames = num_cond
     while frames < length:
         frames += T - min(T // 2, frames)
         calls += 1
@@ -162,6 +164,7 @@ def decode_long(model, latents, part):
     return torch.cat(videos, 2)
 
 # --------------------------------------------------------------------------------------------------
+# from flags to files
 
 def choose_labels(text, classes, n):
     """"Bend,3" -> the label of each of n samples, class by class; None for a set without classes"""
@@ -195,9 +198,13 @@ def write_videos(out, samples, labels, classes, cfg):
     """samples.gif, and with --mp4 a file per video"""
     n = len(samples)
     if cfg.grid:
-        shown = np.arange(min(n, cfg.grid)) * n // min(n, cfg.grid)
-        rows = len({labels[i] for i in shown}) if labels else 0  # one row per class, if they fit
-        columns = len(shown) // rows if rows and len(shown) % rows == 0 else 0
+        num_shown = min(n, cfg.grid)
+        shown = np.arange(num_shown) * n // num_shown
+        columns = 0                                              # chosen by save_grid()
+        if labels:
+            rows = len({labels[i] for i in shown})               # one row per class, if they fit
+            if rows < num_shown and num_shown % rows == 0:
+                columns = num_shown // rows
         save_grid(out / "samples.gif", samples[shown], columns)
     if cfg.mp4:
         for old in (out / "samples").glob("[0-9]*.mp4"):         # of an earlier call
@@ -220,29 +227,34 @@ def make_plan(cfg, model, autocast):
     n = cfg.n or (4 * len(model.classes) if model.classes else 16)
     _, frames, _, _ = model.clip
     labels = choose_labels(cfg.classes, model.classes, n)
+    guidance = model.config.guidance if cfg.guidance < 0 else cfg.guidance
     start = None
     if cfg.start:
         start = encode_start(model, cfg.start, autocast)
+        given = start.shape[2] * frames // model.shape[1]
+        if cfg.frames and cfg.frames <= given:
+            raise UserError(f"--frames {cfg.frames}: the {given} frames from --start count too; "
+                            "give more")
         frames = 2 * frames
+        guidance = min(guidance, 1.0)                            # as sample_long() does
         if not cfg.classes:                                      # the class is not known
             labels = None
     sampler = cfg.sampler or next(iter(SAMPLERS))
     if sampler not in SAMPLERS:
         raise UserError(f"--sampler {sampler}: must be one of {', '.join(SAMPLERS)}")
-    if not 0 <= cfg.eta <= (sampler == "ddim"):
+    max_eta = 1 if sampler == "ddim" else 0
+    if not 0 <= cfg.eta <= max_eta:
         raise UserError(f"--eta {cfg.eta:g} is for --sampler ddim, and from 0 to 1")
-    guidance = model.config.guidance if cfg.guidance < 0 else cfg.guidance
-    steps = cfg.steps or (model.diffusion.T if sampler == "ddpm" else 25)
+    steps = cfg.steps or (model.diffusion.timesteps if sampler == "ddpm" else 25)
     return Plan(n, cfg.frames or frames, labels, guidance, sampler, steps, start)
 
 def sample_share(plan, cfg, model, autocast, samples):
     """Fill this process's batches of samples, a memory map: uint8 (n, T, H, W, 3)."""
     T = model.shape[1]
-    length = math.ceil(plan.frames * T / model.clip[1])          # in latent frames
-    given = 0 if plan.start is None else plan.start.shape[2]
-    num_calls = count_sampler_calls(T, length, given)
-    if not num_calls:
-        raise UserError(f"--frames {plan.frames}: the start alone has as many; give more")
+    _, clip_frames, _, _ = model.clip
+    length = math.ceil(plan.frames * T / clip_frames)            # in latent frames
+    num_cond = 0 if plan.start is None else plan.start.shape[2]
+    num_calls = count_sampler_calls(T, length, num_cond)
     sampler = SAMPLERS[plan.sampler]
     if cfg.eta:
         sampler = functools.partial(sampler, eta=cfg.eta)
@@ -267,13 +279,15 @@ def sample_share(plan, cfg, model, autocast, samples):
 
 @torch.no_grad()
 def main():
-    cfg = parse_flags(Config, dict.fromkeys(SETS, dict(frames=0)))   # not those of SETS
+    # SETS has the frames of training; here 0 must stay, the default length
+    cfg = parse_flags(Config, dict.fromkeys(SETS, dict(frames=0)))
     path = Path(cfg.checkpoint or f"runs/{run_name(cfg.data)}/diffusion.pt")
     default = path.parent if path.name == "diffusion.pt" else Path("runs", path.stem)
     out = Path(cfg.out or default)
     if cfg.export:
         export_model(path, cfg.export)
-        return print(f"wrote {cfg.export}: python sample.py --checkpoint {cfg.export}")
+        print(f"wrote {cfg.export}: python sample.py --checkpoint {cfg.export}")
+        return
     device, autocast = pick_device(cfg.device, cfg.dtype)
     start_processes(device)
     model = load_diffusion(path, device)
@@ -292,7 +306,7 @@ def main():
     wait_for_all()
     samples = np.load(temporary, mmap_mode="r+")                 # not held in memory
     sample_share(plan, cfg, model, autocast, samples)
-    del samples                                                  # Windows renames no open file
+    del samples                                             # Windows cannot rename an open file
     wait_for_all()
     if RANK:
         return

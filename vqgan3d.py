@@ -44,7 +44,7 @@ class Config:
     flip: bool = False            # mirror half of the training clips; not if a class is a direction
     # the network
     down: tuple = (4, 4, 4)       # downsampling in time, height and width: powers of two
-    width: int = 64               # channels at the finest level, 3 times more at each next, <= 384
+    width: int = 64               # channels at the finest level; each next has 3 times, up to 384
     blocks: int = 2               # residual blocks at each level, in encoder and decoder
     codes: int = 4096             # entries of the codebook
     code_dim: int = 6             # channels of the latent; a low dimension keeps all codes in use
@@ -55,7 +55,7 @@ class Config:
     commitment: float = 0.25      # keeps the encoder's outputs near their codes
     gan: float = 0.1              # adversarial loss; 0 and --feature 0: no discriminator at all
     feature: float = 1.0          # L1 between the discriminator's features of video and output
-    gan_ratio: float = 0.3        # the adversarial gradient is at most so long, in reconstruction's
+    gan_ratio: float = 0.3        # norm of the adversarial gradient over reconstruction's, at most
     # training
     steps: int = 50_000           # updates of the autoencoder
     vq_start: float = 0.1         # fraction of the steps after which the latents are quantised
@@ -171,8 +171,8 @@ class PatchUp(nn.Module):
 class TimeUp(nn.Module):
     """Linear interpolation to twice as many frames: (B, C, T, H, W) -> (B, C, 2T, H, W)
 
-    A residual block follows. Were frames made as patches are in space, those of one patch would
-    hardly differ, and motion would jump between two patches (Odena et al. 2016: the same in space).
+    A residual block follows. Patches are not used in time: the frames of one patch would hardly
+    differ, and motion would jump from patch to patch (Odena et al. 2016 show this in space).
     """
     def forward(self, x):
         H, W = x.shape[3:]
@@ -311,8 +311,8 @@ class VQGAN(nn.Module):
     def latent_shape(self):
         """(code_dim, T, H, W) of the latent of one clip"""
         c = self.config
-        (t, h, w), size = c.down, c.size
-        return c.code_dim, c.frames // t, size // h, size // w
+        t, h, w = c.down
+        return c.code_dim, c.frames // t, c.size // h, c.size // w
 
     def compile(self, **options):
         """torch.compile for encode and decode, not for the quantiser between them."""
@@ -389,8 +389,8 @@ def reconstruction_loss(x, y, vgg=None, frame=None):
     """{"mse", "perceptual"}: the second, with a VGG16, of one frame of each clip; frame: (B,)"""
     losses = dict(mse=F.mse_loss(y, x))
     if vgg is not None:
-        clip = torch.arange(len(x), device=x.device)
-        chosen = clip, slice(None), frame                        # x[chosen]: (B, 3, H, W)
+        i = torch.arange(len(x), device=x.device)
+        chosen = i, slice(None), frame                           # x[chosen]: (B, 3, H, W)
         losses["perceptual"] = vgg(x[chosen], y[chosen])
     return losses
 
@@ -584,7 +584,7 @@ def main():
         test = Videos(cfg.data, cfg.data_dir, "test", *clip)
     test_clips, _ = test.fixed(cfg.eval_clips)
     def fetch(step):
-        """All that is random in a step, but for the codes that the quantiser moves."""
+        """All that is random in a step, except where the quantiser moves unused codes."""
         rng = np.random.default_rng((cfg.seed, step))
         clips, _ = train.batch(cfg.batch_size, rng)
         frame = rng.integers(cfg.frames, size=cfg.batch_size)    # that VGG16 sees
@@ -595,7 +595,7 @@ def main():
     nets = build_networks(cfg, run)
     vqgan, opts, _, disc, disc_opt = nets
     checkpoint = run.resume(cfg, FIXED)
-    start = run.restore(
+    first_step = run.restore(
         checkpoint, train, opts,
         model=vqgan,
         disc=disc,
@@ -617,8 +617,8 @@ def main():
             fingerprint=train.fingerprint,
         )
 
-    batches = run.prefetch(fetch, start, cfg.steps)
-    for step in run.steps(start, cfg.steps, "stage 1"):
+    batches = run.prefetch(fetch, first_step, cfg.steps)
+    for step in run.steps(first_step, cfg.steps, "stage 1"):
         # once in a while: evaluate, preview and save
         if run.evaluation_due(step, cfg.eval_every):
             if not RANK:
@@ -629,7 +629,7 @@ def main():
                 save(step)
         if step == cfg.steps:
             break
-        if step > start and run.stop_requested(step):
+        if step > first_step and run.stop_requested(step):
             save(step)
             print(f"stopped after step {step} and saved {run.path}; the same command goes on")
             return
@@ -684,7 +684,8 @@ class Muon(torch.optim.Optimizer):
                 p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 def orthogonalize(u):
-    """The nearest matrix whose singular values are all about 1: (..., m, n) -> (..., m, n)"""
+    """About U V', where u = U S V' is the singular value decomposition: all singular values become
+    roughly 1. (..., m, n) -> (..., m, n)"""
     if u.shape[-2] > u.shape[-1]:
         return orthogonalize(u.mT).mT
     norm = u.norm(dim=(-2, -1), keepdim=True)
@@ -694,8 +695,8 @@ def orthogonalize(u):
     return newton_schulz(u.half()).float()
 
 def newton_schulz(u):
-    """Five iterations with the quintic of Jordan et al. For matrices (..., m, n), m <= n, with
-    singular values up to 1. Rounding in float16 changes the result by 1%, in bfloat16 by 10%."""
+    """Five iterations with the quintic of Jordan et al., for matrices (..., m, n), m <= n, with
+    singular values up to 1. GPUs compute it in float16; bfloat16 is eight times as coarse."""
     for _ in range(5):
         a = u @ u.mT                                                         # (..., m, m)
         p = 2.0315 * a @ a - 4.7750 * a
@@ -715,8 +716,8 @@ def make_optimizers(model, lr):
 def make_adam(parameters, lr, betas):
     """Adam in the form that is fastest where the parameters are."""
     parameters = list(parameters)
-    form = "fused" if parameters[0].is_cuda else "foreach"
-    return torch.optim.Adam(parameters, lr, betas, **{form: True})
+    on_gpu = parameters[0].is_cuda
+    return torch.optim.Adam(parameters, lr, betas, fused=on_gpu, foreach=not on_gpu)
 
 # --------------------------------------------------------------------------------------------------
 # borrowed: VGG16 (Simonyan & Zisserman 2015), for the perceptual loss

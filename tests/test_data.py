@@ -236,24 +236,29 @@ def test_an_interrupted_preparation_goes_on(tmp_path, decoded, monkeypatch):
     assert len(decoded) == 12 - len(done)
     assert "06" in decoded
 
+def prepare_together(barrier, folder, data_dirs):
+    """Prepare a folder once for each of data_dirs, each time at the same moment as the others."""
+    for data_dir in data_dirs:
+        barrier.wait(100)
+        data.prepare(folder, data_dir, "train", 16)
+
 def test_two_processes_prepare_one_set_at_once(tmp_path):
     """Two that write to the same file: a wrong cache that is accepted, or a stack trace."""
+    folder = tmp_path / "v"
     for i in range(30):
-        write_frames(tmp_path / "v" / f"{i:02d}", range(i, i + 6))
-    fork = multiprocessing.get_context("fork")
-    barrier = fork.Barrier(2)
-    def prepare_together(data_dir):
-        barrier.wait()
-        data.prepare(tmp_path / "v", data_dir, "train", 16)
-    for attempt in range(3):
-        data_dir = tmp_path / f"try{attempt}"
-        processes = [fork.Process(target=prepare_together, args=(data_dir,)) for _ in range(2)]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        assert [process.exitcode for process in processes] == [0, 0]
-        videos, _, _ = data.prepare(tmp_path / "v", data_dir, "train", 16)
+        write_frames(folder / f"{i:02d}", range(i, i + 6))
+    data_dirs = [tmp_path / f"try{attempt}" for attempt in range(3)]
+    spawn = multiprocessing.get_context("spawn")          # a fork would inherit locks of threads
+    arguments = (spawn.Barrier(2), folder, data_dirs)
+    processes = [spawn.Process(target=prepare_together, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    for data_dir in data_dirs:
+        videos, _, _ = data.prepare(folder, data_dir, "train", 16)
         assert [grey_values(v) for v in videos] == [[*range(i, i + 6)] for i in range(30)]
         assert len([*data_dir.rglob("*.npy*")]) == 30
 

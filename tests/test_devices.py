@@ -92,7 +92,7 @@ def test_training_without_the_modules_that_windows_lacks(clips, tmp_path):
              "--feature 0 --perceptual 0 --steps 2 --batch_size 2 --device cpu").split()
     command = [sys.executable, "-c", HIDE.format(root=str(ROOT)), ROOT / "vqgan3d.py"]
     command += ["--data", clips, "--data_dir", tmp_path, "--out", tmp_path / "run", *flags]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "vqgan.pt").exists()
 

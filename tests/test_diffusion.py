@@ -304,7 +304,7 @@ def test_attention_reaches_along_its_axes(axes):
 def test_attention_over_everything_where_there_are_few_positions():
     """Attention whose memory grows with the square of a large grid, or none over space at all."""
     def axes_of(unet):
-        levels = [m for m in (*unet.down, *unet.middle) if isinstance(m, diffusion.Level)]
+        levels = [m for m in (*unet.down, *unet.middle) if isinstance(m, diffusion.UNetBlock)]
         return [[attention.axes for attention in level.attention] for level in levels]
     few, many = ["both"], ["space", "time"]                 # 4 x 8 x 8 = 256, 4 x 4 x 4 = 64
     assert axes_of(make_unet(full_attention_tokens=64)) == [["time"], few, few, few]
@@ -351,8 +351,8 @@ def test_biases_are_those_of_the_weights_and_the_length():
     x = torch.randn(6, 16, 4, 4)
     with torch.no_grad():
         six, three = attention(x, 6), attention(x, 3)
-        with diffusion.reuse_biases(attention):
-            for T, expected in (6, six), (3, three), (6, six):
+        for T, expected in (6, six), (3, three), (6, six):
+            with diffusion.reuse_biases(attention, T):
                 assert torch.equal(attention(x, T), expected)
     assert (six - three).abs().max() > 1e-3
     attention.bias.data.normal_()
@@ -740,7 +740,7 @@ def test_a_stage_1_that_was_trained_further_is_said(stage2, finished, main):
     torch.save(newer, "run/vqgan.pt")
     result = main(diffusion, *stage2.flags, "--out", "run", "--steps", 25)
     assert result.code == 0, result.err
-    assert "run/vqgan.pt has been trained for 70 steps" in result.out
+    assert "run/vqgan.pt has now been trained for 70 steps" in result.out
     assert load("run/diffusion.pt")["vqgan"]["step"] == 60
 
 def test_a_stage_1_without_a_codebook_in_use_is_refused(clips, stage1, stage2, main):

@@ -156,8 +156,15 @@ def test_fps_of_what_has_no_times_is_refused(tmp_path, capsys):
     with pytest.raises(data.UserError, match="no usable video"):
         data.prepare(tmp_path / "set", tmp_path, size=16, fps=8)
     assert "its frames have no times" in capsys.readouterr().out
-    with pytest.raises(data.UserError, match="have no times"):
-        data.prepare("toy", tmp_path, size=16, fps=8)
+    for name in "toy", "sky", "clips.npy":
+        with pytest.raises(data.UserError, match="have no times"):
+            data.prepare(name, tmp_path, size=16, fps=8)
+
+def test_an_absurd_time_does_not_fill_the_disk():
+    """A damaged time stamp: the frame before it again, for weeks."""
+    shown = [data.Frame(grey(0), 1.0, seconds) for seconds in (0, 1e6)]
+    with pytest.raises(ValueError, match="over ten minutes"):
+        list(data.resample(shown, 8))
 
 # ---- what a file says about itself ----
 

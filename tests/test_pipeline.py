@@ -157,6 +157,9 @@ def test_longer_videos_and_a_given_start(stage2, clips, main):
     assert videos.shape == (2, 16, 16, 16, 3)
     assert protocol["labels"] is None
     assert protocol["start"] == str(start)
+    assert protocol["guidance"] == 1
+    result = main(sample, *flags, "--start", start, "--frames", 8)
+    assert "give more" in result.err
     last_frames = to_float(read_video(start, 16)[None, -8:])
     reconstruction, _, _ = load_diffusion(stage2.path).vqgan(last_frames)
     expected = to_uint8(reconstruction)[:, :4]              # the decoder sees nothing new there

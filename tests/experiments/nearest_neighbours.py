@@ -46,7 +46,7 @@ def main():
     args = parser.parse_args()
     samples = open_samples(args.samples)
     made = read_settings(args.samples)
-    clip = made["size"], made["frames"], made["stride"], made["fps"]
+    clip = made["size"], made["frames"], made["stride"], made.get("fps", 0)
     train = Videos(made["data"], args.data_dir, "train", *clip)
     test = Videos(made["data"], args.data_dir, "test", *clip)
     windows = all_windows(train)
