@@ -2,7 +2,7 @@
 
     noise (6, 4, 32, 32) -> U-Net, many steps -> latents (6, 4, 32, 32) -> decoder of stage 1
 
-    python diffusion.py                            # the toy, after vqgan3d.py; 12 minutes
+    python diffusion.py                            # the toy, after vqgan3d.py; 7 to 12 minutes
     python diffusion.py --data sky                 # latents of 16 x 128 x 128, one GPU
     python diffusion.py --data toy --pixels        # the same U-Net on pixels, without stage 1 (VDM)
 
