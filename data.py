@@ -58,9 +58,9 @@ VIDEO_SUFFIXES = {".mp4", ".avi", ".mov", ".webm", ".mkv", ".gif"}
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 SETS = {                                 # properties of a set, whatever is trained on it
-    "toy":    dict(frames=16, size=32, stride=1),
-    "sky":    dict(frames=16, size=128, stride=1),
-    "ucf101": dict(frames=16, size=128, stride=1),
+    "toy": dict(size=32),
+    "sky": dict(size=128),
+    "ucf101": dict(size=128),
 }
 DOWNLOADS = {                            # zip archives: URL, sha256 if one is published
     "sky": [("https://huggingface.co/datasets/maxin-cn/SkyTimelapse/resolve/main/sky_timelapse.zip",
@@ -140,7 +140,8 @@ TOY_CLASSES = [f"{shape}-{motion}" for shape in TOY_SHAPES for motion in TOY_MOT
 TOY_SPLITS = {"train": (8192, 0), "test": (1024, 1)}              # number of videos, seed
 
 def toy_distance(shape, dx, dy, radius):
-    """Signed distance in pixels, negative inside, of (dx, dy) from the centre to the outline."""
+    """Signed distance in pixels, negative inside, from the outline to the point (dx, dy); the
+    centre is (0, 0)."""
     if shape == "circle":
         return np.hypot(dx, dy) - radius
     along, across = (dy, dx) if shape == "column" else (dx, dy)   # a rod with round ends
@@ -223,9 +224,15 @@ class Source(NamedTuple):
 class Listing(NamedTuple):
     """What was found of one split."""
     sources: list    # of Source, in natural order of their names
-    remarks: list    # of (name, what there is to say about it)
+    remarks: list    # of Remark
     classes: list    # names, perhaps none; None: those of the usable training videos
-    held_out: bool   # is the split still to be divided into train and test?
+    needs_split: bool    # are there no splits yet?
+
+class Remark(NamedTuple):
+    """What there is to say about a video. Those of a kind are counted and printed together."""
+    name: str
+    kind: str        # "used, though ...", or why it was skipped
+    detail: str = ""
 
 OUTPUT_MARK = ".vq-vdm"                       # in each folder that these scripts write to
 
@@ -258,10 +265,11 @@ def list_frames(folder):
     return [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
 
 def check_frames(files):
-    """What there is to say about the names of a video's frames: "mixed ...", "used ..." or "".
+    """Do these frames make one video? ValueError if their names belong to several. -> the frame
+    after which others are missing, or "".
 
     All names of a video follow one pattern. If several numbers change, as in c01_0001 and c02_0001,
-    there are several videos if the last one begins anew; but times do so too, after 59.
+    there are several videos if the last one begins anew, always at the same number.
     """
     if not files:
         return ""
@@ -278,20 +286,20 @@ def check_frames(files):
         if (step <= 0).any():
             runs = np.split(last, np.flatnonzero(step <= 0) + 1)
             alike = [run[0] == last[0] and (np.diff(run) == 1).all() for run in runs]
-            if all(alike) and len(runs[0]) > 1 and runs[0][-1] != 59:
+            if all(alike) and len(runs[0]) > 1:
                 second = files[len(runs[0])].name
         elif changing.shape[1] == 1 and step.max() > step.min():
-            return f"used, though frames are missing: after {files[step.argmax()].name}"
+            return files[step.argmax()].name
     if second:
-        return (f"mixed sequences of frames: {first} and {second} belong to two videos; put each "
-                "into a folder of its own")
+        raise ValueError(f"{first} and {second} belong to two videos; put each into a folder of "
+                         "its own")
     return ""
 
 def find_sources(root):
     """All videos below root: video files, and folders of frames.
 
     Pictures beside videos, or in a folder above them, are no video. Links are followed once; our
-    own outputs are left out. Returns (list of paths, list of (path inside root, remark)).
+    own outputs are left out. Returns (list of paths, list of Remark).
     """
     root = Path(root)
     sources, remarks, seen = [], [], set()
@@ -312,17 +320,20 @@ def find_sources(root):
             elif suffix in VIDEO_SUFFIXES:
                 sources.append(file)
             else:
-                remarks.append((str(file.relative_to(root)), "not a video or image"))
+                remarks.append(Remark(str(file.relative_to(root)), "not a video or image"))
         name = str(folder.relative_to(root))
         if frames and len(sources) > before:
-            remarks.append((name, "pictures beside videos"))
+            remarks.append(Remark(name, "pictures beside videos"))
         elif frames:
-            remark = check_frames(frames)
-            remarks.extend([(name, remark)] if remark else [])
-            if not remark.startswith("mixed"):
+            try:
+                gap = check_frames(frames)
+                if gap:
+                    remarks.append(Remark(name, "used, though frames are missing", f"after {gap}"))
                 sources.append(folder)
+            except ValueError as e:
+                remarks.append(Remark(name, "mixed sequences of frames", str(e)))
         elif not files and not folders:
-            remarks.append((name, "empty folder"))
+            remarks.append(Remark(name, "empty folder"))
     if root.is_dir():
         visit(root)
     return sorted(sources, key=natural_key), remarks
@@ -331,7 +342,7 @@ def list_sky(data_dir, split):
     root = Path(data_dir) / "sky_timelapse" / f"sky_{split}"
     paths, remarks = find_sources(root)
     sources = [Source(p, f"sky_{split}/{p.relative_to(root)}", "") for p in paths]
-    return Listing(sources, remarks, [], False)
+    return Listing(sources, remarks, classes=[], needs_split=False)
 
 def list_ucf101(data_dir, split):
     """UCF-101 by its official lists. Test lists carry no labels, so the folder tells the class.
@@ -341,7 +352,7 @@ def list_ucf101(data_dir, split):
     root, lists = Path(data_dir) / "UCF-101", Path(data_dir) / "ucfTrainTestlist"
     class_list, split_list = lists / "classInd.txt", lists / f"{split}list01.txt"
     if not class_list.is_file() or not split_list.is_file():
-        return Listing([], [], None, False)
+        return Listing([], [], classes=None, needs_split=False)
     numbered = {}
     for line in read_lines(class_list):
         words = line.split()                                      # "1 ApplyEyeMakeup"
@@ -356,10 +367,10 @@ def list_ucf101(data_dir, split):
         name = line.replace("\\", "/").split()[0]
         label = class_of.get(name.split("/")[0].lower())
         if label is None or ".." in Path(name).parts or not (root / name).is_file():
-            remarks.append((name, "listed, but not there"))
+            remarks.append(Remark(name, "listed, but not there"))
         else:
             sources.append(Source(root / name, name, label))
-    return Listing(sources, remarks, classes, False)
+    return Listing(sources, remarks, classes, needs_split=False)
 
 def read_lines(path):
     """The lines of a text file that are not empty, without a byte-order mark."""
@@ -393,7 +404,7 @@ def split_folders(root):
 
 def list_folder(data, split):
     """Any folder: its splits, if it has folders for them, and first-level folders as classes."""
-    root = Path(data).expanduser()
+    root = Path(data)
     if not root.is_dir():
         raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder nor an "
                         ".npy or .npz file")
@@ -412,7 +423,8 @@ def list_folder(data, split):
         labels = [""] * len(names)
     if splits:
         names = [f"{split}/{name}" for name in names]
-    return Listing([*map(Source, paths, names, labels)], remarks, None, not splits)
+    sources = [*map(Source, paths, names, labels)]
+    return Listing(sources, remarks, classes=None, needs_split=not splits)
 
 def list_sources(data, data_dir, split):
     """The Listing of one split of any set that has to be decoded."""
@@ -424,7 +436,7 @@ def list_sources(data, data_dir, split):
 
 def expected(data, data_dir):
     """The sentence of an error that says where the videos of a set must lie."""
-    root = Path(data_dir) if data in SETS else Path(data).expanduser()
+    root = Path(data_dir if data in SETS else data)
     return EXPECTED.get(data, EXPECTED["folder"]).format(root=root)
 
 # --------------------------------------------------------------------------------------------------
@@ -461,14 +473,12 @@ def fetch(url, path, sha256):
         with urllib.request.urlopen(request, timeout=60) as response:
             if response.status != 206:                            # the server begins anew
                 done = 0
-            total = done + int(response.headers["Content-Length"])
+            total = done + int(response.headers["Content-Length"] or 0)
             check_disk(path.parent, total - done, path.name)
-            with open(part, "ab") as file:
+            bar = dict(initial=done, total=total, desc=path.name)
+            with open(part, "ab") as file, tqdm.wrapattr(response, "read", **bar) as body:
                 file.truncate(done)
-                bar = tqdm(initial=done, total=total, desc=path.name, unit="B", unit_scale=True)
-                while block := response.read(2 ** 20):
-                    file.write(block)
-                    bar.update(len(block))
+                shutil.copyfileobj(body, file)
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as e:
         raise UserError(f"cannot fetch {url}: {first_line(e)}. The same command goes on from here; "
                         f"or put the file at {path} yourself")
@@ -525,9 +535,7 @@ def read_frames(path, size, fps=0):
     try:
         if path.is_dir():
             files = list_frames(path)
-            remark = check_frames(files)
-            if remark.startswith("mixed"):
-                raise ValueError(remark)
+            check_frames(files)
             frames = (read_picture(file) for file in files)
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             frames = [read_picture(path)]
@@ -616,9 +624,10 @@ def read_video_file(path):
                 (a, b), (c, d) = np.sign(np.round(matrix, 3)).astype(int)
                 if abs(a) == abs(b) or abs(a) != abs(d):
                     raise ValueError("it is turned by an angle other than 90, 180 or 270 degrees")
-                if b:
+                if b:                                             # a quarter turn swaps x and y
                     image, aspect = image.transpose(1, 0, 2), 1 / aspect
-                image = image[::b or d, ::c or a]
+                    a, d = c, b
+                image = image[::d, ::a]                           # mirrored where the sign is -1
             yield Frame(image, aspect, frame.time)
 
 def display_matrix(frame):
@@ -739,7 +748,7 @@ def cache_path(folder, source, size, fps):
     newest = max(s.st_mtime_ns for s in stats)
     names = "/".join(f.name for f in files)
     key = f"{source.name}|{names}|{total}|{newest}|{size}|{fps}"
-    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:16]
+    digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
     return folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', source.path.stem)[-40:]}-{size}-{digest}.npy"
 
 def count_cached(path, size):
@@ -750,13 +759,14 @@ def count_cached(path, size):
     return len(array)
 
 def decode(source, path, size, fps):
-    """Decode a source into its cache file -> a remark, "" if all is well.
+    """Decode a source into its cache file.
 
     The frames are written one by one, so a long video needs no memory. Their number is known at
     the end, when the header is written again; numpy leaves room in it for a first axis that grows.
-    If a video breaks off, what came before is used.
+    If a video breaks off, what came before is used, and damage_note() says why it broke off.
     """
-    remark, count = "", 0
+    count = 0
+    damage_note(path).unlink(missing_ok=True)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         def write_header():
             header = dict(descr="|u1", fortran_order=False, shape=(count, size, size, 3))
@@ -767,19 +777,21 @@ def decode(source, path, size, fps):
                 file.write(frame)
                 count += 1
         except UserError as e:
-            reason = str(e).partition(": ")[2]
-            remark = f"used up to a damage: {count} frames, then {reason}"
-            if not count:
-                remark = f"unreadable: {reason}"
+            reason = str(e).removeprefix(f"cannot read {source.path}: ")
+            damage_note(path).write_text(reason, errors="backslashreplace")
         file.seek(0)
         write_header()
-    return remark
+
+def damage_note(path):
+    """The file beside a cache file that says why its video could not be decoded to the end."""
+    return path.with_suffix(".txt")
 
 def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0):
     """Decode one split into the cache, if it is not there yet.
 
-    Returns (list of Video, with labels for the toy only; classes, or None; whether the split is
-    still to be divided into train and test). What cannot be read is counted and named.
+    Returns (list of Video, with labels for the toy only; classes, or None; whether the videos are
+    still to be divided into train and test). What cannot be read is counted and named. frames: how
+    many the toy has.
 
     The cache holds one .npy file a video, written under another name and then renamed: a file that
     exists is a finished one. So an interrupted preparation goes on, several processes may prepare
@@ -794,9 +806,9 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
     if data == "toy":
         return prepare_toy(folder, split, frames, size), TOY_CLASSES, False
     if is_array:
-        return prepare_array(folder, Path(data).expanduser()), None, True
+        return prepare_array(folder, Path(data)), None, True
     if data not in SETS:                                          # folders of one name differ
-        root = str(Path(data).expanduser().resolve())
+        root = os.path.realpath(data)
         name += "-" + hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
     folder = folder / name
     folder.mkdir(exist_ok=True)
@@ -813,25 +825,30 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
             try:
                 bar = tqdm(jobs, desc=f"{name} {split}", unit=" videos")
                 for job, i in zip(bar, missing):
-                    remark = job.result()
+                    job.result()
                     counts[i] = count_cached(paths[i], size)
-                    if remark:
-                        remarks.append((sources[i].name, remark))
             finally:
                 pool.shutdown(cancel_futures=True)
-    report(f"{run_name(data)} {split}", remarks)
     videos = []
     for source, path, count in zip(sources, paths, counts):
+        note = damage_note(path)
+        if note.exists():
+            kind, detail = "unreadable", note.read_text(errors="replace")
+            if count:
+                kind, detail = "used up to a damage", f"{count} frames, then {detail}"
+            remarks.append(Remark(source.name, kind, detail))
         if count:
             videos.append(Video(source.name, source.label, -1, count, path, -1))
+    print_remarks(f"{run_name(data)} {split}", remarks)
     if not videos:
         raise UserError(f"no usable video for --data {data} ({split} split): "
                         f"{expected(data, data_dir)}")
-    return videos, listing.classes, listing.held_out
+    return videos, listing.classes, listing.needs_split
 
 def estimate_disk(folder, paths, size, fps, title):
-    """check_disk() for videos that are to be decoded, from 64 of them; prints their frame rates."""
-    some = [probe(path) for path in paths[::max(1, len(paths) // 64)]]
+    """check_disk() for videos that are to be decoded, from at most 64 of them; prints their frame
+    rates."""
+    some = [probe(path) for path in paths[::math.ceil(len(paths) / 64)]]
     rates = [rate for _, rate in some if rate]
     total = 0
     for frames, rate in some:
@@ -854,12 +871,11 @@ def check_disk(folder, need, title):
                         f"needed, {free / 1e9:.2f} GB free; free some, lower --size, or choose "
                         "another --data_dir")
 
-def report(title, remarks):
-    """Count and name the videos that are not used, or not whole. remarks: (name, "kind: more")"""
+def print_remarks(title, remarks):
+    """Count and name the videos that are not used, or not whole."""
     by_kind = {}
-    for name, remark in remarks:
-        kind, _, more = remark.partition(": ")
-        by_kind.setdefault(kind, []).append(f"{name} ({more})" if more else name)
+    for name, kind, detail in remarks:
+        by_kind.setdefault(kind, []).append(f"{name} ({detail})" if detail else name)
     for kind, names in sorted(by_kind.items()):
         verb = "" if kind.startswith("used") else "skipped "
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -876,12 +892,13 @@ def hold_out(videos, split):
     single video is both.
     """
     def fraction(video):
-        name = Path(video.name).as_posix().encode(errors="surrogateescape")
-        return int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2 ** 32
+        digest = hashlib.sha256(os.fsencode(video.name)).digest()
+        return int.from_bytes(digest[:4], "big") / 2 ** 32
     if len(videos) < 2:
         return videos
     fractions = [fraction(v) for v in videos]
-    limit = min(max(0.1, min(fractions) + 1e-9), max(fractions))             # never none, never all
+    limit = max(0.1, min(fractions) + 1e-9)                       # the lowest is always held out,
+    limit = min(limit, max(fractions))                            # the highest never
     return [v for v, f in zip(videos, fractions) if (f < limit) == (split == "test")]
 
 class Videos:
@@ -903,18 +920,19 @@ class Videos:
         self.size, self.frames, self.stride = size, frames, stride
         self.flip, self.crop = flip, crop or size
         self.span = (frames - 1) * stride + 1                     # frames from first to last
-        found, classes, held_out = prepare(data, data_dir, split, size, frames * stride, fps)
+        found, classes, needs_split = prepare(data, data_dir, split, size, frames * stride, fps)
         usable, remarks = [], []
         for v in found:
             if v.frames >= self.span:
                 usable.append(v)
             else:
-                remarks.append((v.name, f"too short: {v.frames} of {self.span} frames"))
-        videos = hold_out(usable, split) if held_out else usable
+                count = f"{v.frames} of {self.span} frames"
+                remarks.append(Remark(v.name, "too short", count))
+        videos = hold_out(usable, split) if needs_split else usable
         if classes is None:                                       # those of the training videos
             if split == "train":
                 train = videos
-            elif held_out:
+            elif needs_split:
                 train = hold_out(usable, "train")
             else:
                 train = Videos(data, data_dir, "train", size, frames, stride, fps).videos
@@ -926,8 +944,9 @@ class Videos:
         self.videos = [v._replace(label=label_of.get(v.class_name, -1)) for v in videos]
         for v in self.videos:
             if classes and v.label < 0:
-                remarks.append((v.name, "used without a label: no such class in the train split"))
-        report(f"{run_name(data)} {split}", remarks)
+                reason = "no such class in the train split"
+                remarks.append(Remark(v.name, "used without a label", reason))
+        print_remarks(f"{run_name(data)} {split}", remarks)
         if not self.videos:
             raise UserError(f"no video of --data {data} ({split} split) has the {self.span} frames "
                             f"that --frames {frames} --stride {stride} need: lower them")
@@ -1034,7 +1053,7 @@ def explain(e):
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or no_memory:
         return (f"out of memory ({first_line(e)}): lower --batch_size, or in training compute the "
                 "batch in parts with --grad_accum_steps 2")
-    if isinstance(e, RuntimeError) and re.search("CUDA|cuDNN|CUBLAS|NCCL", text, re.I):
+    if isinstance(e, RuntimeError) and re.search("(CUDA|cuDNN|NCCL) error|CUBLAS_STATUS", text):
         return (f"the GPU reports: {first_line(e)}. Lower --batch_size; if that does not help, try "
                 "--compile off, then --dtype float32, then --device cpu")
     return ""
@@ -1100,7 +1119,7 @@ def run_name(data):
     """The name of a set in runs/ and in the cache: toy, sky, ucf101, or a path's last part."""
     if data in SETS:
         return data
-    path = Path(data).expanduser().resolve()
+    path = Path(data).resolve()
     name = path.stem if path.suffix in (".npy", ".npz") else path.name
     return f"{name}-folder" if name in SETS else name             # ./sky is not sky
 
@@ -1219,7 +1238,8 @@ def micro_batches(batch_size, grad_accum_steps):
     return [slice(i * size, (i + 1) * size) for i in range(first, first + grad_accum_steps)]
 
 def can_compile(flag, device):
-    """Should torch.compile be used? As --compile says, if a trial shows a compiler that works."""
+    """Should torch.compile be used? As --compile says, if a trial shows a compiler that works; then
+    its options are set."""
     if flag not in ("auto", "on", "off"):
         raise UserError(f"--compile {flag}: must be auto, on or off")
     if flag == "off" or (flag == "auto" and device.type != "cuda"):
@@ -1248,7 +1268,7 @@ def cast_weights(module, autocast):
 def peak_memory(device):
     """Peak memory in GB: of the GPU where there is one, else of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if resource is None:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
@@ -1284,16 +1304,18 @@ def open_array(path, dtype):
     except Exception:                                    # a damaged header can raise anything
         return None
 
-def load_checkpoint(path, device="cpu"):
-    """Read a checkpoint; nothing in it is executed."""
+def load_checkpoint(path):
+    """Read a checkpoint, to the CPU; nothing in it is executed."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(checkpoint, dict) or not {"config", "step", "model"} <= set(checkpoint):
             raise ValueError("it is not one of ours")
         return checkpoint
     except FileNotFoundError:
         raise UserError(f"there is no {path}: train it first (python vqgan3d.py --data ..., then "
                         "python diffusion.py --data ...)")
+    except (PermissionError, IsADirectoryError) as e:
+        raise UserError(f"cannot read {path}: {first_line(e)}")
     except Exception as e:                               # a damaged file can raise anything
         reason = first_line(e)
         if "weights_only" in str(e).lower():
@@ -1497,7 +1519,7 @@ class Run:
                                 "Lower --lr, or that loss's weight, then run again")
 
     def last_good(self):
-        if self.path.exists():
+        if self.path.exists() and not self.fresh:
             return f"{self.path} still holds the last good step"
         return "nothing was saved yet"
 
@@ -1520,6 +1542,7 @@ class Run:
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, self.path)
+            self.fresh = False
         except (OSError, RuntimeError) as e:             # torch turns a full disk into RuntimeError
             temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write {self.path}: {first_line(e)}. The checkpoint before it "

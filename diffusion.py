@@ -23,6 +23,7 @@ from collections import deque
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,20 +62,20 @@ class Config:
     noise_schedule: str = "cosine"     # cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
     predict: str = "v"            # output of the network: v (Salimans & Ho 2022) or eps, the noise
     label_drop: float = 0.1       # fraction of labels replaced by the null label, for guidance
-    cond_prob: float = 0.25       # fraction of clips with given first frames, to continue videos
+    cond_prob: float = 0.25       # fraction of clips of which 0 to T - 1 first frames are given
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
-    grad_accum_steps: int = 1     # parts that a batch is computed in one by one, to save memory
+    grad_accum_steps: int = 1     # parts of a batch, computed one after the other to save memory
     lr: float = 1e-3              # peak of Muon and Adam: 2% linear warm-up, then cosine to zero
     ema: float = 0.9999           # decay of the averaged weights, used to sample; at first lower
     num_latents: int = 0          # clips encoded once, before training; 0: fresh ones each step
     seed: int = 0                 # everything random follows from (seed, step)
     # running
     eval_every: int = 5000        # steps between evaluations, previews and checkpoints
-    guidance: float = 2.0         # of the previews
+    guidance: float = 2.0         # of the previews, and what sample.py uses by default
     device: str = "auto"          # auto, cpu, cuda, mps
-    dtype: str = "auto"           # auto (what the hardware multiplies), float32, bfloat16, float16
+    dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile: auto (on a GPU), on, off
     fresh: bool = False           # start anew instead of resuming
 
@@ -98,9 +99,9 @@ PRESETS = {
         grad_accum_steps=16,
     ),
 }
+# flags that a resumed run cannot change
 FIXED = ("data", "pixels", "size", "frames", "stride", "fps", "flip", "width", "mults", "blocks",
-         "full_attention_tokens", "head_dim", "timesteps", "noise_schedule", "predict",
-         "seed")                                                  # when a run is resumed
+         "full_attention_tokens", "head_dim", "timesteps", "noise_schedule", "predict", "seed")
 
 # --------------------------------------------------------------------------------------------------
 # the U-Net. A convolution in space sees frames as images, so x is (B*T, C, H, W) throughout
@@ -148,7 +149,7 @@ class Attention(nn.Module):
     def __init__(self, C, head_dim, axes, size):
         super().__init__()
         self.axes = axes
-        self.heads = math.gcd(C, max(1, C // head_dim))
+        self.heads = math.gcd(C, max(1, C // head_dim))          # a divisor of C
         self.size = 1 if axes == "time" else size
         self.max_distance = 0 if axes == "space" else 16
         self.norm = GroupNorm(C)
@@ -165,9 +166,11 @@ class Attention(nn.Module):
         self.reused = None                                       # the bias, in reuse_biases()
 
     def relative_bias(self, T):
-        """The bias of each pair of positions: (heads, L, L)"""
+        """The bias of each pair of positions of T frames: (heads, L, L)"""
         if self.reused is not None:
             return self.reused
+        if self.axes == "space":                                 # one frame at a time
+            T = 1
         index = relative_index(T, self.size, self.max_distance, self.bias.device)    # (L, L)
         columns = index.flatten().expand(self.heads, -1)                     # (heads, L*L)
         return self.bias.gather(1, columns).view(self.heads, *index.shape)
@@ -184,7 +187,7 @@ class Attention(nn.Module):
             h = h.flatten(1, 2)                                              # (B, T*HW, C)
         h = self.qkv(h).unflatten(-1, (3, self.heads, -1))                   # (., L, 3, heads, D)
         q, k, v = h.permute(2, 0, 3, 1, 4)                                   # (., heads, L, D)
-        bias = self.relative_bias(1 if self.axes == "space" else T)
+        bias = self.relative_bias(T)
         h = attend(q, k, v, bias.to(q.dtype))                                # (., heads, L, D)
         h = h.transpose(1, 2).flatten(2)                                     # (., L, C)
         h = self.proj(h)
@@ -199,13 +202,15 @@ def relative_index(T, size, max_distance, device):
     ranges = [torch.arange(n, device=device) for n in (T, size, size)]
     grid = torch.stack(torch.meshgrid(*ranges, indexing="ij")).flatten(1)    # (3, L)
     t, y, x = grid[:, None, :] - grid[:, :, None]                            # (L, L) each
-    t = t.clamp(-max_distance, max_distance) + max_distance
+    t = t.clamp(-max_distance, max_distance) + max_distance                  # all from 0
+    y = y + size - 1
+    x = x + size - 1
     rows = 2 * size - 1
-    return (t * rows + y + size - 1) * rows + x + size - 1
+    return (t * rows + y) * rows + x
 
 class UNetBlock(nn.Module):
-    """A residual block, then an Attention for each entry of axes."""
-    def __init__(self, C, D, E, config, axes, size):
+    """A residual block, then an Attention for each of the axes."""
+    def __init__(self, C, D, E, config, size, *axes):
         super().__init__()
         self.block = ResBlock(C, D, E, config.dropout)
         self.attention = nn.ModuleList()
@@ -219,31 +224,34 @@ class UNetBlock(nn.Module):
         return x
 
 class UNet(nn.Module):
-    """(x (B, C, T, H, W), t (B,) or (B, T), label (B,) in 0 ... classes) -> prediction like x
+    """(x (B, C, T, H, W), t (B,) or (B, T), label (B,) in 0 ... num_classes) -> prediction like x
 
-    Each frame may have a noise level t of its own: given frames have 0. Label number `classes` is
-    the null label, any class. With classes = 0 labels are ignored.
+    Each frame may have a noise level t of its own: given frames have 0. Label num_classes is the
+    null label, any class. With num_classes = 0 labels are ignored.
     """
-    def __init__(self, config, channels, frames, size, classes):
+    def __init__(self, config, channels, frames, size, num_classes):
         super().__init__()
         c = config
         if size % 2 ** (len(c.mults) - 1):
             raise UserError(f"the U-Net halves its {size} x {size} grid {len(c.mults) - 1} times, "
                             "which does not divide: give fewer --mults, or another size or --down "
                             "in stage 1")
-        self.width, self.num_classes = c.width, classes
+        self.width, self.num_classes = c.width, num_classes
         widths = [c.width * m for m in c.mults]
         sizes = [size >> i for i in range(len(widths))]
         # attention over everything is quadratic in the positions: where there are many, time alone
-        axes = ["both" if frames * n * n <= c.full_attention_tokens else "time" for n in sizes]
-        middle_axes = ["both"] if axes[-1] == "both" else ["space", "time"]
+        level_axes = []
+        for n in sizes:
+            few = frames * n * n <= c.full_attention_tokens
+            level_axes.append("both" if few else "time")
+        middle_axes = ["both"] if level_axes[-1] == "both" else ["space", "time"]
         E = 2 * c.width
         self.emb = nn.Sequential(
             nn.Linear(c.width, E),
             nn.SiLU(),
             nn.Linear(E, E),
         )
-        self.label = nn.Embedding(classes + 1, E) if classes else None
+        self.label = nn.Embedding(num_classes + 1, E) if num_classes else None
         self.stem = nn.Conv2d(channels, c.width, 3, padding=1)
         self.down = nn.ModuleList()
         self.middle = nn.ModuleList()
@@ -252,18 +260,18 @@ class UNet(nn.Module):
         skips = [C]
         for i, D in enumerate(widths):
             for _ in range(c.blocks):
-                self.down.append(UNetBlock(C, D, E, c, [axes[i]], sizes[i]))
+                self.down.append(UNetBlock(C, D, E, c, sizes[i], level_axes[i]))
                 C = D
                 skips.append(C)
             if i < len(widths) - 1:
                 self.down.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
                 skips.append(C)
         for _ in range(2):
-            self.middle.append(UNetBlock(C, C, E, c, middle_axes, sizes[-1]))
+            self.middle.append(UNetBlock(C, C, E, c, sizes[-1], *middle_axes))
         for i, D in reversed(list(enumerate(widths))):
             for _ in range(c.blocks + 1):
                 C += skips.pop()                                 # concatenated
-                self.up.append(UNetBlock(C, D, E, c, [axes[i]], sizes[i]))
+                self.up.append(UNetBlock(C, D, E, c, sizes[i], level_axes[i]))
                 C = D
             if i > 0:
                 self.up.append(nn.Sequential(
@@ -338,9 +346,8 @@ class Diffusion:
         self.sigma = (1 - self.alpha_bar).sqrt().float().to(device)
 
     def times(self, u):
-        """Numbers in [0, 1) -> times t: uniform numbers give the times of training."""
-        t = (u * self.timesteps).long()
-        return t.clamp(max=self.timesteps - 1)
+        """u in [0, 1) -> times t; uniform u give the times of training."""
+        return (u * self.timesteps).long()
 
     def sampling_times(self, steps):
         """`steps` times, evenly spaced, from timesteps - 1, nearly noise, to 0.
@@ -463,10 +470,18 @@ def dpm(denoise, diffusion, x, times, randn=None):
             x0_last, h_last = x0, h
         yield x, x0
 
-SAMPLERS = {"dpm": dpm, "ddim": ddim, "ddpm": ddpm}              # the first is the default
+SAMPLERS = {"dpm": dpm, "ddim": ddim, "ddpm": ddpm}
+DEFAULT_SAMPLER = next(iter(SAMPLERS))                           # the first
 
 # --------------------------------------------------------------------------------------------------
 # both stages together
+
+class ClipFormat(NamedTuple):
+    """What a clip of the training videos is."""
+    size: int        # pixels a side
+    frames: int
+    stride: int      # frames of the video from one frame of the clip to the next
+    fps: float       # frames a second that the videos were brought to; 0: as they are
 
 class LatentDiffusion:
     """Everything that turns noise into videos: U-Net, diffusion, stage 1 (None with --pixels), and
@@ -475,25 +490,23 @@ class LatentDiffusion:
     encode(videos) -> latents and decode(latents) -> videos are inverses, up to what stage 1 loses.
     Latents are z of stage 1, before quantisation, shifted and scaled per channel to mean 0 and
     standard deviation 1; videos are float (B, 3, T, H, W) in [-1, 1].
-    shape: (C, T, H, W) of one latent. clip: (size, frames, stride, fps) of one video.
+    shape: (C, T, H, W) of one latent. clip: a ClipFormat, or such a tuple. classes: names, or None.
     """
     def __init__(self, config, vqgan, clip, classes, device):
         c = self.config = config
         self.vqgan, self.classes = vqgan, classes
-        self.clip, self.device = clip, device
+        self.clip, self.device = ClipFormat(*clip), device
         self.step = 0
-        size, frames, _, _ = clip
-        C, (t, h, w) = 3, (1, 1, 1)
+        self.shape = 3, self.clip.frames, self.clip.size, self.clip.size
         if vqgan:
-            C = vqgan.config.code_dim
-            t, h, w = vqgan.config.down
-        if h != w:
-            raise UserError(f"the U-Net needs square latents, and stage 1 has --down {t},{h},{w}: "
-                            "train it with the same for height and width")
-        self.shape = C, frames // t, size // h, size // w
+            self.shape = vqgan.latent_shape()
+        C, T, H, W = self.shape
+        if H != W:
+            raise UserError(f"the U-Net needs square latents, and those of stage 1 are {H} x {W}: "
+                            "train it with the same --down for height and width")
         self.diffusion = Diffusion(c.timesteps, c.noise_schedule, c.predict, device)
         num_classes = len(classes or [])
-        self.unet = UNet(c, *self.shape[:3], num_classes).to(device)
+        self.unet = UNet(c, C, T, H, num_classes).to(device)
         self.set_statistics(torch.zeros(C), torch.ones(C), 1.0)
 
     def set_statistics(self, mean, std, bound):
@@ -525,8 +538,8 @@ class LatentDiffusion:
         return self.vqgan.decode(z_q)
 
     @torch.no_grad()
-    def sample(self, seeds, labels=None, guidance=1.0, sampler="", steps=20, autocast=nullcontext,
-               progress=None, cond_frames=None):
+    def sample(self, seeds, labels=None, guidance=1.0, sampler=DEFAULT_SAMPLER, steps=25,
+               autocast=nullcontext, progress=None, cond_frames=None):
         """One latent per seed: (N, C, T, H, W). Each seed has its own stream of noise, so a sample
         does not depend on the batch it is in.
 
@@ -537,10 +550,7 @@ class LatentDiffusion:
         if not 1 <= steps <= self.diffusion.timesteps:
             raise UserError(f"--steps {steps}: must be from 1 to {self.diffusion.timesteps}, the "
                             "--timesteps of training")
-        streams = []
-        for seed in seeds:
-            is_stream = isinstance(seed, torch.Generator)
-            streams.append(seed if is_stream else noise_stream(seed))
+        streams = [noise_stream(seed) for seed in seeds]
         def randn():
             noise = [torch.randn(self.shape, generator=stream) for stream in streams]
             return torch.stack(noise).to(self.device)
@@ -555,9 +565,10 @@ class LatentDiffusion:
             frame_times[:, :K] = 0
             with autocast():
                 output = network(x, frame_times)
-            return self.diffusion.predict_x0_eps(x, output, frame_times[:, -1], self.bound)
+            t_last = frame_times[:, -1]                          # this frame is never given
+            return self.diffusion.predict_x0_eps(x, output, t_last, self.bound)
         if not callable(sampler):
-            sampler = SAMPLERS[sampler or next(iter(SAMPLERS))]
+            sampler = SAMPLERS[sampler]
         times = self.diffusion.sampling_times(steps)
         with reuse_biases(self.unet, self.shape[1]):
             for x, x0 in sampler(denoise, self.diffusion, x, times, randn):
@@ -566,10 +577,10 @@ class LatentDiffusion:
         return torch.cat([cond_frames, x[:, :, K:]], 2)
 
 def export_model(path, out):
-    """Write what sampling needs of a checkpoint to another file, in float16, a tenth as large."""
+    """Write what sampling needs of a checkpoint to another file, in float16, a fifth as large."""
     checkpoint = load_checkpoint(path)
     small = {key: checkpoint[key] for key in ("config", "step", "statistics", "classes", "clip")}
-    small["model"] = {}
+    small["model"] = {}                                          # each checkpoint has one
     small["ema"] = to_half(checkpoint["ema"])
     small["vqgan"] = stage1 = checkpoint["vqgan"]
     if stage1:
@@ -581,19 +592,22 @@ def to_half(state):
     return {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
 
 def noise_stream(seed):
-    """The noise of one sample. The offset keeps it apart from the seeds of the training steps."""
+    """The noise of one sample, from a number or from a torch.Generator, which goes on. The offset
+    keeps it apart from the seeds of the training steps."""
+    if isinstance(seed, torch.Generator):
+        return seed
     return torch.Generator().manual_seed(3_000_000_000 + int(seed))
 
 def load_diffusion(path, device="cpu"):
     """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
     .step is how long it was trained."""
-    checkpoint = load_checkpoint(path, device)
+    checkpoint = load_checkpoint(path)
     device = torch.device(device)
     try:
         vqgan = build_vqgan(checkpoint["vqgan"], device) if checkpoint["vqgan"] else None
         config = Config(**checkpoint["config"])
-        clip = tuple(checkpoint["clip"])
-        model = LatentDiffusion(config, vqgan, clip, checkpoint["classes"], device)
+        clip, classes = checkpoint["clip"], checkpoint["classes"]
+        model = LatentDiffusion(config, vqgan, clip, classes, device)
         model.unet.load_state_dict(checkpoint["ema"])
         model.set_statistics(*checkpoint["statistics"])
     except (TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -655,8 +669,7 @@ class Latents:
         mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
         self.model.set_statistics(mean, std, 1.0)
-        bound = self.model.normalize(z).abs().max().item()
-        self.model.set_statistics(mean, std, bound)
+        self.model.bound = bound = self.model.normalize(z).abs().max().item()
         print(f"latents: mean {mean.cpu().numpy().round(3)}, standard deviation "
               f"{std.cpu().numpy().round(3)}; normalised, at most {bound:.1f}")
 
@@ -668,27 +681,25 @@ def encode_dataset(model, videos, n, folder, autocast):
     """
     rng = np.random.default_rng(0)
     windows = videos.draw(n, rng)
-    mirrored = rng.integers(2, size=n) if videos.flip else np.zeros(n)
+    mirrored = rng.integers(2, size=n) * videos.flip == 1
     labels = torch.tensor([videos.videos[i].label for i, _ in windows])
-    key = hashlib.sha256(f"{videos.fingerprint} {model.clip} {videos.flip} {n}".encode())
+    key = hashlib.sha256(f"{videos.fingerprint} {tuple(model.clip)} {videos.flip} {n}".encode())
     for weight in model.vqgan.state_dict().values():
         key.update(weight.cpu().numpy().tobytes())
     path = folder / f"latents-{key.hexdigest()[:16]}.npy"
-    shape = n, *model.shape
-    z = open_array(path, np.float16)
-    if z is None or z.shape != shape:
+    if open_array(path, np.float16) is None:
         for old in folder.glob("latents-*.npy"):
             old.unlink()
         with replacing(path) as temporary:
-            z = new_array(temporary, np.float16, shape)
-            first = range(0, n, 16)                              # of each batch
-            for k in tqdm(first, desc="encoding", unit_scale=16, unit=" clips"):
-                clips = np.stack([videos.window(*window) for window in windows[k:k + 16]])
-                flips = mirrored[k:k + 16] == 1
+            z = new_array(temporary, np.float16, (n, *model.shape))
+            for k in tqdm(range(0, n, 16), desc="encoding", unit_scale=16, unit=" clips"):
+                part = slice(k, k + 16)
+                clips = np.stack([videos.window(*window) for window in windows[part]])
+                flips = mirrored[part]
                 clips[flips] = clips[flips, :, :, ::-1]
                 with torch.no_grad(), autocast():
                     batch = model.to_z(to_float(clips).to(model.device))
-                z[k:k + 16] = batch.cpu().numpy()
+                z[part] = batch.cpu().numpy()
             z.flush()
             del z
     return np.load(path, mmap_mode="r"), labels
@@ -711,10 +722,11 @@ def load_stage1(cfg, checkpoint, out, device):
                   "start anew with --fresh")
     else:
         found = load_checkpoint(path)
-        if not found["model"].get("quantizer._extra_state", True):
-            raise UserError(f"{path}: its codebook is not in use yet, which begins after "
-                            "--vq_start of the steps of stage 1: train it longer")
         stage1 = {key: found[key] for key in ("config", "step", "model")}
+    vqgan = build_vqgan(stage1, device)
+    if not vqgan.quantizer.started:
+        raise UserError(f"{path}: its codebook is not in use yet, which begins after --vq_start of "
+                        "the steps of stage 1: train it longer")
     c = stage1["config"]
     print(f"inherited from stage 1, trained for {stage1['step']} steps: {c['frames']} frames of "
           f"{c['size']} x {c['size']}, stride {c['stride']}")
@@ -723,10 +735,10 @@ def load_stage1(cfg, checkpoint, out, device):
               "vqgan3d.py again")
     if run_name(c["data"]) != run_name(cfg.data):
         print(f"note: stage 1 was trained on {c['data']}, this stage is on {cfg.data}")
-    return stage1, build_vqgan(stage1, device)
+    return stage1, vqgan
 
 class HeldOut:
-    """128 held-out latents with fixed noise and times, for a loss that can be compared."""
+    """128 held-out latents with fixed noise and times, so that the losses of two steps compare."""
     def __init__(self, model, latents, videos):
         clips, labels = videos.fixed(128)
         x0 = torch.cat([latents.to_latents(part) for part in clips.split(16)])
@@ -811,7 +823,7 @@ def train_step(cfg, unet, model, opts, batch, latents, step, run):
     run.scaler.update()
     decay = min(cfg.ema, (1 + step) / (10 + step))               # at first a shorter average
     update_average = get_ema_multi_avg_fn(decay)
-    update_average(list(model.unet.parameters()), list(unet.parameters()), None)
+    update_average(list(model.unet.parameters()), list(unet.parameters()), None)   # None: not used
     return torch.cat(losses), torch.cat(us)
 
 def build_networks(cfg, vqgan, clip, classes, run):
@@ -836,10 +848,10 @@ def main():
     torch.manual_seed(cfg.seed)
     checkpoint = run.resume(cfg, FIXED)
 
-    # stage 1, and the data it was trained on
+    # stage 1, and clips of the size and length that it was trained on
     stage1, vqgan = load_stage1(cfg, checkpoint, out, run.device)
     c = vqgan.config if vqgan else cfg
-    clip = c.size, c.frames, c.stride, c.fps
+    clip = ClipFormat(c.size, c.frames, c.stride, c.fps)
     with main_process_first():
         train = Videos(cfg.data, cfg.data_dir, "train", *clip, c.flip)
         test = Videos(cfg.data, cfg.data_dir, "test", *clip)
@@ -864,14 +876,14 @@ def main():
         run.save(
             step,
             config=vars(cfg),
-            model=unet.state_dict(),
-            ema=model.unet.state_dict(),
+            model=unet.state_dict(),                             # the weights that are trained
+            ema=model.unet.state_dict(),                         # their average, used to sample
             opts=[opt.state_dict() for opt in opts],
             scaler=run.scaler.state_dict(),
             statistics=model.get_statistics(),
             vqgan=stage1,
             classes=train.classes,
-            clip=model.clip,
+            clip=tuple(model.clip),
             fingerprint=train.fingerprint,
         )
 
@@ -911,7 +923,7 @@ def main():
 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm of each frame, with at least 4 channels a group. On a GPU it stays in x's type:
-    under autocast it would compute in float32, with a third more memory. On a CPU, below 1024
+    under autocast it would compute in float32, with half as much memory again. On a CPU, below 1024
     positions, torch's kernel for channels_last takes 4 times as long as copying to the other layout
     and back."""
     def __init__(self, C):
@@ -937,7 +949,7 @@ def attend(q, k, v, bias):
     """
     L, D = q.shape[-2:]
     if q.device.type == "cpu" or L <= 64:
-        weights = q * D ** -0.5 @ k.mT + bias                                # (N, heads, L, L)
+        weights = (q * D ** -0.5) @ k.mT + bias                                # (N, heads, L, L)
         return weights.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias[None])
 
@@ -947,7 +959,7 @@ def reuse_biases(unet, T):
     gathers its bias only once, here, outside of what torch.compile makes a CUDA graph of."""
     layers = [m for m in unet.modules() if isinstance(m, Attention)]
     for layer in layers:
-        layer.reused = layer.relative_bias(1 if layer.axes == "space" else T)
+        layer.reused = layer.relative_bias(T)
     try:
         yield
     finally:

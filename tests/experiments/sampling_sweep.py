@@ -134,7 +134,8 @@ def main():
 
     c = model.config
     train = Videos(c.data, c.data_dir, "train", *model.clip)
-    real = evaluate.real_logits(i3d, train, n, 0, None, 4, c.data_dir, args.dtype)
+    protocol = evaluate.Config(data_dir=c.data_dir, dtype=args.dtype)
+    real = evaluate.real_logits(protocol, i3d, train, n, seed=0)
     if args.long:
         score_windows(videos, train.frames, i3d, real, args.dtype)
     else:
