@@ -239,7 +239,10 @@ OUTPUT_MARK = ".vq-vdm"                       # in each folder that these script
 def output_folder(folder):
     """Make a folder for our own files, and mark it, so that it is never taken for data."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{folder} cannot be a folder, because a file is there: give another --out")
     (folder / OUTPUT_MARK).touch()
     return folder
 
@@ -262,14 +265,15 @@ def list_folder_entries(folder):
 def list_frames(folder):
     """The frames in a folder, in natural order."""
     files, _ = list_folder_entries(folder)
-    return [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES]
+    frames = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
+    return sorted(frames, key=lambda f: natural_key(f.name.casefold()))
 
 def check_frames(files):
     """Do these frames make one video? ValueError if their names belong to several. -> the frame
     after which others are missing, or "".
 
     All names of a video follow one pattern. If several numbers change, as in c01_0001 and c02_0001,
-    there are several videos if the last one begins anew, always at the same number.
+    and the last one falls, there are several videos, unless the numbers are times.
     """
     if not files:
         return ""
@@ -279,35 +283,55 @@ def check_frames(files):
     first, second = [*patterns.values(), ""][:2]                  # second: "" if all are alike
     if not second:
         numbers = [re.findall(r"\d+", file.stem) for file in files]
+        if len({len(row[-1]) for row in numbers if row}) > 1:     # perhaps 0.5, 0.75
+            numbers = [re.findall(r"\d+(?:\.\d+)?", file.stem) for file in files]
         numbers = np.array(numbers, float)                        # (frames, numbers)
         changing = numbers[:, (numbers != numbers[0]).any(0)]
         last = changing[:, -1] if changing.size else np.arange(len(files))
         step = np.diff(last)
-        if (step <= 0).any():
-            runs = np.split(last, np.flatnonzero(step <= 0) + 1)
-            alike = [run[0] == last[0] and (np.diff(run) == 1).all() for run in runs]
-            if all(alike) and len(runs[0]) > 1:
-                second = files[len(runs[0])].name
-        elif changing.shape[1] == 1 and step.max() > step.min():
+        falls = np.flatnonzero(step <= 0)
+        if len(falls) and changing.shape[1] == 1:                 # 1.1 and 1.10, or 1 and 01
+            raise ValueError(f"the order of {files[falls[0]].name} and {files[falls[0] + 1].name} "
+                             "is not clear: write all numbers with as many digits")
+        if len(falls) and not are_times(last, falls):
+            second = files[falls[0] + 1].name
+        elif changing.shape[1] == 1 and step.max() > 1.5 * step.min():
             return files[step.argmax()].name
     if second:
         raise ValueError(f"{first} and {second} belong to two videos; put each into a folder of "
                          "its own")
     return ""
 
+def are_times(last, falls):
+    """Do these numbers, which fall after the positions `falls`, count fractions of a second, or
+    seconds? Frames of a second video would begin anew in the same way, often at 0 or 1."""
+    steps = np.diff(last)
+    longest = steps.max()
+    first_run = last[:falls[0] + 1]
+    runs = np.split(last, falls + 1)
+    alike = all(np.array_equal(run, first_run[:len(run)]) for run in runs)
+    for modulus in (60, 1000, 10 ** 6):
+        go_on = last.max() < modulus and (steps[falls] % modulus <= 2 * longest).all()
+        if go_on and not (alike and (modulus == 60 or longest == 1)):
+            return True
+    return False
+
 def find_sources(root):
     """All videos below root: video files, and folders of frames.
 
     Pictures beside videos, or in a folder above them, are no video. Links are followed once; our
-    own outputs are left out. Returns (list of paths, list of Remark).
+    own outputs are left out, aloud. Returns (list of paths, list of Remark).
     """
     root = Path(root)
     sources, remarks, seen = [], [], set()
     def visit(folder):
-        is_ours = folder != root and (folder / OUTPUT_MARK).exists()
-        if is_ours or folder.resolve() in seen:
+        name = str(folder.relative_to(root))
+        if folder.resolve() in seen:
             return
         seen.add(folder.resolve())
+        if folder != root and (folder / OUTPUT_MARK).exists():
+            remarks.append(Remark(name, "output of these scripts"))
+            return
         files, folders = list_folder_entries(folder)
         before = len(sources)
         for child in folders:
@@ -315,18 +339,19 @@ def find_sources(root):
         frames = []
         for file in files:
             suffix = file.suffix.lower()
-            if suffix in IMAGE_SUFFIXES:
+            if not file.is_file():
+                remarks.append(Remark(str(file.relative_to(root)), "link to nothing"))
+            elif suffix in IMAGE_SUFFIXES:
                 frames.append(file)
             elif suffix in VIDEO_SUFFIXES:
                 sources.append(file)
             else:
                 remarks.append(Remark(str(file.relative_to(root)), "not a video or image"))
-        name = str(folder.relative_to(root))
         if frames and len(sources) > before:
             remarks.append(Remark(name, "pictures beside videos"))
         elif frames:
             try:
-                gap = check_frames(frames)
+                gap = check_frames(list_frames(folder))
                 if gap:
                     remarks.append(Remark(name, "used, though frames are missing", f"after {gap}"))
                 sources.append(folder)
@@ -410,7 +435,8 @@ def list_folder(data, split):
                         ".npy or .npz file")
     for _ in range(4):                                            # as archives often unpack
         files, folders = list_folder_entries(root)
-        if files or len(folders) != 1:
+        media = [f for f in files if f.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES]
+        if media or len(folders) != 1:
             break
         root = folders[0]
     splits = split_folders(root)
@@ -423,6 +449,13 @@ def list_folder(data, split):
         labels = [""] * len(names)
     if splits:
         names = [f"{split}/{name}" for name in names]
+    else:
+        split_names = {*SPLIT_NAMES["train"], *SPLIT_NAMES["test"]}
+        for name in names:
+            if split_names & set(re.split("[/_-]", os.path.dirname(name).lower())):
+                print(f"note: {name} looks like a part of a split, but {root} has no folders train "
+                      "and test: a tenth of all videos is held out")
+                break
     sources = [*map(Source, paths, names, labels)]
     return Listing(sources, remarks, classes=None, needs_split=not splits)
 
@@ -610,7 +643,7 @@ def read_video_file(path):
     """Yield each Frame of a video, turned and mirrored as the file says. A picture attached to it,
     such as a cover, is not the video."""
     import av                                     # PyAV, imageio's plug-in; arrays need none
-    with av.open(str(path)) as container:
+    with av.open(os.path.abspath(path)) as container:
         cover = av.stream.Disposition.attached_pic
         streams = [s for s in container.streams.video if not s.disposition & cover]
         if not streams:
@@ -672,7 +705,10 @@ class Video(NamedTuple):
 
     def open(self):
         """Its frames as a memory map, uint8 (frames, H, W, 3 or 1)"""
-        array = np.load(self.path, mmap_mode="r")
+        try:
+            array = np.load(self.path, mmap_mode="r")
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is gone: run the same command again")
         return array if self.index < 0 else channels_last(array)[self.index]
 
 def channels_last(array):
@@ -681,15 +717,15 @@ def channels_last(array):
     Known are (N, T, H, W, 3), (N, 3, T, H, W) and (N, T, 3, H, W), each also with 1 channel or
     without that axis; and (T, N, H, W), as in Moving MNIST, if N is ten times T or more.
     """
-    if array.ndim == 4:
+    if array.ndim == 4 and array.shape[3] not in (1, 3, 4):
         N, T, _, _ = array.shape
-        if T >= 10 * N:
+        if T >= 10 * N > 10:
             array = array.swapaxes(0, 1)
         return array[..., None]
     for axis in (4, 1, 2):
         if array.ndim == 5 and array.shape[axis] in (1, 3):
             return np.moveaxis(array, axis, -1)
-    raise ValueError(f"an array of shape {array.shape}")
+    raise ValueError(f"its shape is {array.shape}; one video alone is saved as array[None]")
 
 def prepare_array(folder, path):
     """The Videos of an .npy file, or of an .npz file with one array, which is unpacked first."""
@@ -705,6 +741,8 @@ def prepare_array(folder, path):
         array = np.load(path, mmap_mode="r")
         if array.dtype != np.uint8:
             raise ValueError(f"its values are {array.dtype}")
+        if not array.size:
+            raise ValueError("it is empty")
         N, T, H, W, C = channels_last(array).shape
     except Exception as e:                               # a damaged file can raise anything
         raise UserError(f"cannot use {path} ({first_line(e)}): expected one array, uint8 from 0 to "
@@ -721,7 +759,7 @@ def probe(path):
             milliseconds = iio.immeta(path, plugin="pillow").get("duration") or 100
             return iio.improps(path, plugin="pillow").shape[0], 1000 / milliseconds
         import av
-        with av.open(str(path)) as container:
+        with av.open(os.path.abspath(path)) as container:          # a colon means a protocol
             stream = container.streams.video[0]
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             seconds = (container.duration or 0) / av.time_base    # webm and mkv do not count
@@ -779,6 +817,10 @@ def decode(source, path, size, fps):
         except UserError as e:
             reason = str(e).removeprefix(f"cannot read {source.path}: ")
             damage_note(path).write_text(reason, errors="backslashreplace")
+        else:
+            length, _ = probe(source.path)
+            if not fps and count < 0.9 * length:                  # some decoders say nothing
+                damage_note(path).write_text(f"it ends, and should have {length}")
         file.seek(0)
         write_header()
 
@@ -1007,7 +1049,7 @@ class Videos:
             i = k * len(self) // n if n <= len(self) else k % len(self)
             last_round = max(1, (n - 1) // len(self))             # counted from 0
             start = (self.num_windows(i) - 1) * (k // len(self)) // last_round
-            clips.append(self.window(i, start))
+            clips.append(np.array(self.window(i, start)))         # not an open file
             labels.append(self.videos[i].label)
         return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
 
@@ -1044,11 +1086,16 @@ def explain(e):
     if isinstance(e, UserError):
         return text
     if isinstance(e, KeyboardInterrupt):
-        return "interrupted; the same command goes on from here"
-    full_or_forbidden = errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG
-    if isinstance(e, OSError) and e.errno in full_or_forbidden:
-        return (f"cannot write {e.filename or ''}: {e.strerror}. Free some space or choose another "
-                "folder, then run the same command again")
+        return "interrupted; training and decoding go on if the command is repeated without --fresh"
+    if isinstance(e, BrokenPipeError):
+        sys.stdout = open(os.devnull, "w")
+        return "what reads the output was closed"
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (f"cannot write {e.filename or 'a file'}: {e.strerror}. Free some space or choose another "
+                "folder, then run the same command again, without --fresh")
+    if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EROFS):
+        return (f"cannot use {e.filename}: {e.strerror}. Change the permissions or choose another "
+                "folder")
     no_memory = "DefaultCPUAllocator" in text or "ALLOC_FAILED" in text
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or no_memory:
         return (f"out of memory ({first_line(e)}): lower --batch_size, or in training compute the "
@@ -1075,7 +1122,10 @@ class FlagParser(argparse.ArgumentParser):
 
 def ints(text):
     """"4,4,4" or "4x4x4" -> (4, 4, 4)"""
-    return tuple(int(v) for v in text.replace("x", ",").split(","))
+    values = tuple(int(v) for v in text.replace("x", ",").split(","))
+    if min(values) < 1:
+        raise ValueError("too small")
+    return values
 
 def parse_flags(Config, presets={}, argv=None):
     """The command line of a Config dataclass: each field is a flag, the comment beside it its help.
@@ -1106,6 +1156,11 @@ def parse_flags(Config, presets={}, argv=None):
         zero_is_fine = isinstance(value, float) or defaults[name] == 0 or name in MAY_BE_ZERO
         if type(value) in (int, float) and not value >= (0 if zero_is_fine else 1):
             parser.error(f"argument --{name}: {value} is too small")
+        is_fraction = comments.get(name, "").startswith("fraction")
+        if (is_fraction and value > 1) or (name == "seed" and value > 10 ** 9):
+            parser.error(f"argument --{name}: {value} is too large")
+        if name == "data" and not value:
+            parser.error("argument --data: it is empty")
         if isinstance(value, str) and value.startswith("~"):
             flags[name] = os.path.expanduser(value)
         print(f"  --{name} {flags[name]}   (instead of {values.get(name)})")
@@ -1286,6 +1341,20 @@ def replacing(path):
     finally:
         temporary.unlink(missing_ok=True)
 
+def lock_output(path):
+    """Refuse a second process that writes the same file. Keep what this returns: the system frees
+    the lock when the process ends, in any way."""
+    file = open(path.with_name(f".{path.stem}.lock"), "w")
+    try:
+        if fcntl and not RANK:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is writing {path}: wait for it, stop it, or give another "
+                        "--out")
+    except OSError as e:                                 # a network disk without locks
+        print(f"note: nothing keeps a second process from {path} here ({first_line(e)})")
+    return file
+
 def new_array(path, dtype, shape):
     """An .npy file as a memory map to write to, its disk space reserved: a full disk is an error
     here, of one line, and not a bus error when the map is written."""
@@ -1313,10 +1382,12 @@ def load_checkpoint(path):
         return checkpoint
     except FileNotFoundError:
         raise UserError(f"there is no {path}: train it first (python vqgan3d.py --data ..., then "
-                        "python diffusion.py --data ...)")
-    except (PermissionError, IsADirectoryError) as e:
-        raise UserError(f"cannot read {path}: {first_line(e)}")
+                        "python diffusion.py --data ...), or give --vqgan or --checkpoint")
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give the .pt file in it")
     except Exception as e:                               # a damaged file can raise anything
+        if explain(e):                                   # but that is no fault of the file
+            raise
         reason = first_line(e)
         if "weights_only" in str(e).lower():
             reason = "it holds more than tensors and plain values, and is not executed"
@@ -1337,7 +1408,7 @@ class Run:
         self.path, self.log_path = Path(f"{path}.pt"), Path(f"{path}.jsonl")
         self.fresh = cfg.fresh
         output_folder(self.path.parent)
-        self.lock = self.lock_folder()
+        self.lock = lock_output(self.path)
         self.device, self.autocast = pick_device(cfg.device, cfg.dtype)
         start_processes(self.device)
         dtype = autocast_dtype(self.device, self.autocast)
@@ -1347,17 +1418,6 @@ class Run:
         self.recent = []             # (step, losses, seconds waited for the batch) since last look
         self.signals = []
         self.num_rows = 0            # of the log
-
-    def lock_folder(self):
-        """Refuse a second process. The system frees the lock when this one ends, in any way."""
-        file = open(self.path.with_name(f".{self.path.stem}.lock"), "w")
-        try:
-            if fcntl and not RANK:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training {self.path}: wait for it, stop it, or "
-                            "give another --out")
-        return file
 
     def resume(self, cfg, fixed):
         """The checkpoint to go on from, or None. The log is cut back to what it was then.
@@ -1369,10 +1429,11 @@ class Run:
         checkpoint = None
         if self.path.exists() and not self.fresh:
             checkpoint = load_checkpoint(self.path)
+            if "opts" not in checkpoint:
+                raise UserError(f"{self.path} was exported for sampling and cannot be trained: "
+                                "give another --out")
             then = vars(type(cfg)()) | checkpoint["config"]
             changed = [name for name, value in vars(cfg).items() if value != then[name]]
-            if run_name(cfg.data) == run_name(then["data"]):      # the folder may have been moved
-                changed = [name for name in changed if name != "data"]
             differ = [f"--{n} {then[n]} (now {getattr(cfg, n)})" for n in changed if n in fixed]
             if differ:
                 raise UserError(f"{self.path} was trained with {', '.join(differ)}: give the same "
@@ -1397,18 +1458,22 @@ class Run:
         """Load a checkpoint into optimisers, networks and the like -> the step to go on at.
 
         learners: under the names that they have in the checkpoint, or None. Says so if the videos
-        are not those of the checkpoint.
+        have changed; UserError if they are another set.
         """
         if not checkpoint:
             return 0
+        if checkpoint["fingerprint"] != videos.fingerprint:
+            then = checkpoint["config"]["data"]
+            if run_name(then) != run_name(videos.data):
+                raise UserError(f"{self.path} was trained on {then}, and {videos.data} has other "
+                                "videos: give another --out, or --fresh to start anew")
+            print(f"note: the training videos of {videos.data} are not those that this run began "
+                  f"with, in {then}: some were added, removed, changed, or copied anew")
         for opt, state in zip(opts, checkpoint["opts"]):
             opt.load_state_dict(state)
         for name, learner in learners.items():
             if learner and checkpoint[name]:
                 learner.load_state_dict(checkpoint[name])
-        if checkpoint["fingerprint"] != videos.fingerprint:
-            print(f"note: the training videos of {videos.data} are not those that this run began "
-                  "with: some were added, removed, changed, or copied anew")
         return checkpoint["step"]
 
     def compare_steps(self, checkpoint):

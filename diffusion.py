@@ -56,7 +56,7 @@ class Config:
     blocks: int = 2               # residual blocks at each level, on the way down
     full_attention_tokens: int = 1024  # levels of so many positions or fewer attend to all at once
     head_dim: int = 64            # channels of an attention head
-    dropout: float = 0.0          # in the residual blocks
+    dropout: float = 0.0          # fraction of the residual blocks' channels that is left out
     # the diffusion
     timesteps: int = 1000         # T of DDPM
     noise_schedule: str = "cosine"     # cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
@@ -100,7 +100,7 @@ PRESETS = {
     ),
 }
 # flags that a resumed run cannot change
-FIXED = ("data", "pixels", "size", "frames", "stride", "fps", "flip", "width", "mults", "blocks",
+FIXED = ("pixels", "size", "frames", "stride", "fps", "flip", "width", "mults", "blocks",
          "full_attention_tokens", "head_dim", "timesteps", "noise_schedule", "predict", "seed")
 
 # --------------------------------------------------------------------------------------------------
@@ -578,7 +578,10 @@ class LatentDiffusion:
 
 def export_model(path, out):
     """Write what sampling needs of a checkpoint to another file, in float16, a fifth as large."""
+    if Path(out).resolve() == Path(path).resolve():
+        raise UserError(f"--export {out} would replace what training needs: give another name")
     checkpoint = load_checkpoint(path)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     small = {key: checkpoint[key] for key in ("config", "step", "statistics", "classes", "clip")}
     small["model"] = {}                                          # each checkpoint has one
     small["ema"] = to_half(checkpoint["ema"])
@@ -602,6 +605,8 @@ def load_diffusion(path, device="cpu"):
     """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
     .step is how long it was trained."""
     checkpoint = load_checkpoint(path)
+    if "ema" not in checkpoint:
+        raise UserError(f"{path} is a stage 1: train stage 2 on it (diffusion.py), or give its .pt")
     device = torch.device(device)
     try:
         vqgan = build_vqgan(checkpoint["vqgan"], device) if checkpoint["vqgan"] else None
@@ -688,7 +693,7 @@ def encode_dataset(model, videos, n, folder, autocast):
         key.update(weight.cpu().numpy().tobytes())
     path = folder / f"latents-{key.hexdigest()[:16]}.npy"
     if open_array(path, np.float16) is None:
-        for old in folder.glob("latents-*.npy"):
+        for old in folder.glob(f"latents-{'[0-9a-f]' * 16}.npy"):
             old.unlink()
         with replacing(path) as temporary:
             z = new_array(temporary, np.float16, (n, *model.shape))
@@ -733,7 +738,7 @@ def load_stage1(cfg, checkpoint, out, device):
     if stage1["step"] < c["steps"]:
         print(f"note: stage 1 stopped before its {c['steps']} steps; to finish them, run "
               "vqgan3d.py again")
-    if run_name(c["data"]) != run_name(cfg.data):
+    if c["data"] != cfg.data:
         print(f"note: stage 1 was trained on {c['data']}, this stage is on {cfg.data}")
     return stage1, vqgan
 
@@ -856,6 +861,9 @@ def main():
         train = Videos(cfg.data, cfg.data_dir, "train", *clip, c.flip)
         test = Videos(cfg.data, cfg.data_dir, "test", *clip)
 
+    if checkpoint and checkpoint["classes"] != train.classes:
+        raise UserError(f"{run.path} was trained with the classes {checkpoint['classes']}, and now "
+                        f"there are {train.classes}: give another --out, or --fresh to start anew")
     model, unet, opts = build_networks(cfg, vqgan, clip, train.classes, run)
     with main_process_first():
         latents = Latents(model, train, cfg.num_latents, out, run.autocast)
@@ -904,7 +912,8 @@ def main():
             break
         if step > first_step and run.stop_requested(step):
             save(step)
-            print(f"stopped after step {step} and saved {run.path}; the same command goes on")
+            print(f"stopped after step {step} and saved {run.path}; the same command goes on, "
+                  "without --fresh")
             return
 
         # one optimiser step; every random draw of it follows from (seed, step)

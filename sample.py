@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (IMAGE_SUFFIXES, RANK, WORLD, UserError, can_compile, cast_weights, new_array,
-                  output_folder, parse_flags, peak_memory, pick_device, read_frames,
+from data import (IMAGE_SUFFIXES, RANK, WORLD, UserError, can_compile, cast_weights, lock_output,
+                  new_array, output_folder, parse_flags, peak_memory, pick_device, read_frames,
                   read_video, run_main, run_name, save_grid, start_processes, to_float, to_uint8,
                   wait_for_all)
 from diffusion import DEFAULT_SAMPLER, SAMPLERS, export_model, load_diffusion, noise_stream
@@ -179,7 +179,7 @@ def choose_labels(text, classes, n):
         name = name.strip()
         if name in classes:
             chosen.append(classes.index(name))
-        elif name.isdigit() and int(name) < len(classes):
+        elif name.isdecimal() and int(name) < len(classes):
             chosen.append(int(name))
         else:
             known = ", ".join(f"{i} {c}" for i, c in enumerate(classes))
@@ -209,8 +209,10 @@ def write_videos(out, samples, labels, classes, cfg):
                 columns = num_shown // rows
         save_grid(out / "samples.gif", samples[shown], columns)
     if cfg.mp4:
+        ends = {"", *(f"-{name}" for name in classes or [])}
         for old in (out / "samples").glob("[0-9]*.mp4"):         # of an earlier call
-            old.unlink()
+            if old.stem.lstrip("0123456789") in ends:
+                old.unlink()
         for i in tqdm(range(n), desc="mp4"):
             name = f"{i:04d}-{classes[labels[i]]}" if labels else f"{i:04d}"
             save_grid(out / "samples" / f"{name}.mp4", samples[i:i + 1], columns=1)
@@ -301,18 +303,22 @@ def main():
 
     began = time.time()
     output_folder(out)
+    lock = lock_output(out / "samples.npy")
     temporary = out / "samples.npy.tmp"
-    if not RANK:
-        new_array(temporary, np.uint8, (plan.n, plan.frames, size, size, 3))
-    wait_for_all()
-    samples = np.load(temporary, mmap_mode="r+")                 # not held in memory
-    sample_share(plan, cfg, model, autocast, samples)
-    del samples                                             # Windows cannot rename an open file
-    wait_for_all()
-    if RANK:
-        return
-
-    os.replace(temporary, out / "samples.npy")
+    try:
+        if not RANK:
+            new_array(temporary, np.uint8, (plan.n, plan.frames, size, size, 3))
+        wait_for_all()
+        samples = np.load(temporary, mmap_mode="r+")             # not held in memory
+        sample_share(plan, cfg, model, autocast, samples)
+        del samples                                         # Windows cannot rename an open file
+        wait_for_all()
+        if RANK:
+            return
+        os.replace(temporary, out / "samples.npy")
+    finally:
+        if not RANK:
+            temporary.unlink(missing_ok=True)
     samples = np.load(out / "samples.npy", mmap_mode="r")
     labels = None if plan.labels is None else plan.labels.tolist()
     protocol = dict(

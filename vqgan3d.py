@@ -101,7 +101,7 @@ PRESETS = {
     ),
 }
 # flags that a resumed run cannot change
-FIXED = ("data", "size", "frames", "stride", "fps", "crop", "flip", "down", "width", "blocks",
+FIXED = ("size", "frames", "stride", "fps", "crop", "flip", "down", "width", "blocks",
          "codes", "code_dim", "disc_width", "seed")
 
 # --------------------------------------------------------------------------------------------------
@@ -639,7 +639,8 @@ def main():
             break
         if step > first_step and run.stop_requested(step):
             save(step)
-            print(f"stopped after step {step} and saved {run.path}; the same command goes on")
+            print(f"stopped after step {step} and saved {run.path}; the same command goes on, "
+                  "without --fresh")
             return
 
         # one optimiser step; every random draw of it follows from (seed, step)

@@ -743,6 +743,15 @@ def test_a_stage_1_that_was_trained_further_is_said(stage2, finished, main):
     assert "run/vqgan.pt has now been trained for 70 steps" in result.out
     assert load("run/diffusion.pt")["vqgan"]["step"] == 60
 
+def test_other_classes_than_those_of_training_are_refused(stage2, finished, clips, main):
+    """A class folder renamed: every later label moves by one, and the network trains on."""
+    saved = load("run/diffusion.pt")
+    saved["classes"] = ["jump", "spin"]
+    torch.save(saved, "run/diffusion.pt")
+    result = main(diffusion, *stage2.flags, "--out", "run", "--steps", 25)
+    assert result.code == 1
+    assert "['jump', 'spin'], and now there are ['spin', 'wave']" in result.err
+
 def test_a_stage_1_without_a_codebook_in_use_is_refused(clips, stage1, stage2, main):
     """Stage 2 of latents that nothing holds together: its samples are decoded without a codebook,
     as noise."""
@@ -778,5 +787,5 @@ def test_unusable_checkpoints(stage1, stage2, tmp_path):
     (tmp_path / "cut.pt").write_bytes(stage2.path.read_bytes()[:5000])
     with pytest.raises(diffusion.UserError, match="not a usable checkpoint"):
         load_diffusion(tmp_path / "cut.pt")
-    with pytest.raises(diffusion.UserError, match="does not fit stage 2"):
+    with pytest.raises(diffusion.UserError, match="is a stage 1"):
         load_diffusion(stage1.path)

@@ -47,16 +47,18 @@ def test_one_sequence_is_one_video_in_order(tmp_path, names):
 @pytest.mark.parametrize("one, two", [
     ("v_Archery_g01_c01_{t:04d}.png", "v_Typing_g02_c03_{t:04d}.png"),
     ("v_Archery_g01_c01_{t:04d}.png", "v_Archery_g01_c02_{t:04d}.png"),
-    ("img_{t:05d}.png", "x_{t:05d}.png"), ("{t}.png", "-{t}.png"), ("a{t}.png", "a{t}.jpg")])
+    ("img_{t:05d}.png", "x_{t:05d}.png"), ("{t}.png", "-{t}.png"), ("a{t}.png", "a{t}.jpg"),
+    ("a1.{t:04d}.png", "a2.{t:04d}.png"), ("a1_{t}.png", "a2_{u}.png"), ("1.{t}.png", "1.{t}0.png")])
 def test_several_sequences_in_a_folder_are_refused(tmp_path, capsys, one, two):
     """Two videos, or colour and optical flow, mixed into one."""
     for name in one, two:
-        frames(tmp_path / "set" / "mixed", [name.format(t=t) for t in range(60)])
+        names = [name.format(t=t, u=7 + t) for t in range(60)]
+        frames(tmp_path / "set" / "mixed", names)
     frames(tmp_path / "set" / "good", [f"{t}.png" for t in range(12)])
     assert [v.name for v in videos(tmp_path / "set", tmp_path).videos] == ["good"]
     out = capsys.readouterr().out
     assert "mixed sequences of frames" in out
-    assert one.format(t=0) in out or two.format(t=0) in out
+    assert one.format(t=0) in out or two.format(t=0, u=7) in out
 
 def test_missing_frames_are_said_and_a_bad_frame_costs_what_follows(tmp_path, capsys):
     """A jump in time that nobody notices; a whole clip lost by its last frame."""
@@ -217,6 +219,19 @@ def test_pictures_of_all_kinds(tmp_path):
     assert (alpha[8:] == 200).all()
     assert abs(exif[..., 0].astype(int) - np.rot90(ramp * 255, -1)).max() < 6
 
+def test_a_download_that_broke_off_is_named(tmp_path, capsys):
+    """Half of a file, of which the decoder says nothing: a short video that nobody misses."""
+    (tmp_path / "set").mkdir()
+    video = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
+    for name in "half.mkv", "whole.mkv":
+        iio.imwrite(tmp_path / "set" / name, video, plugin="pyav", codec="libx264", fps=8)
+    whole = (tmp_path / "set" / "half.mkv").read_bytes()
+    (tmp_path / "set" / "half.mkv").write_bytes(whole[:len(whole) // 2])
+    data.prepare(tmp_path / "set", tmp_path, size=16)
+    out = capsys.readouterr().out
+    assert "1 used up to a damage: half.mkv (" in out
+    assert "it ends, and should have 60)" in out
+
 # ---- arrays ----
 
 @pytest.mark.parametrize("shape", [(20, 12, 16, 16, 3), (20, 3, 12, 16, 16), (20, 12, 3, 16, 16),
@@ -246,6 +261,9 @@ def test_arrays_are_resized_unpacked_and_refused(tmp_path):
     np.save(tmp_path / "floats.npy", np.zeros((4, 8, 16, 16, 3)))
     with pytest.raises(data.UserError, match="uint8 from 0 to 255"):
         data.Videos(tmp_path / "floats.npy", tmp_path, "train", 16, frames=8)
+    np.save(tmp_path / "one.npy", data.toy_videos(1, 16, 64)[0][0])
+    with pytest.raises(data.UserError, match="one video alone is saved as array"):
+        data.Videos(tmp_path / "one.npy", tmp_path, "train", 16, frames=8)
 
 # ---- our own outputs, links, lists ----
 
@@ -268,6 +286,19 @@ def test_a_link_upwards_ends_and_a_video_behind_a_link_counts_once(tmp_path):
     (tmp_path / "set" / "c").symlink_to(tmp_path / "set" / "a")
     sources, _ = data.find_sources(tmp_path / "set")
     assert [s.name for s in sources] == ["0.gif", "1.gif"]
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    """A moved disk, whose links point to nothing: a stack trace; generated videos left out in
+    silence; a test split inside the class folders, trained on."""
+    gif(tmp_path / "set" / "cat" / "test" / "0.gif")
+    gif(tmp_path / "set" / "dog" / "1.gif", 1)
+    (tmp_path / "set" / "dog" / "2.gif").symlink_to(tmp_path / "gone.gif")
+    gif(data.output_folder(tmp_path / "set" / "made") / "3.gif")
+    videos(tmp_path / "set", tmp_path)
+    out = capsys.readouterr().out
+    assert "skipped 1 link to nothing: dog/2.gif" in out
+    assert "skipped 1 output of these scripts: made" in out
+    assert "note: cat/test/0.gif looks like a part of a split" in out
 
 def test_lists_from_windows(tmp_path):
     """A byte-order mark that becomes a part of the first class, backslashes in paths."""

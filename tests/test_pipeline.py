@@ -180,6 +180,20 @@ def test_a_picture_to_start_from(stage2, clips, main):
     assert abs(videos[:, :2].astype(int) - expected).mean() < 3
     assert abs(videos[0, 4:].astype(int) - videos[1, 4:]).mean() > 1
 
+def test_a_second_process_and_another_s_videos_do_no_harm(stage2, main):
+    """The samples of one command under the settings of another; videos of the user's deleted."""
+    flags = ["--checkpoint", stage2.path, "--out", "s", "--steps", 2, "--n", 2, "--mp4"]
+    Path("s/samples").mkdir(parents=True)
+    Path("s/samples/2024-holiday.mp4").touch()
+    lock = data.lock_output(Path("s/samples.npy"))
+    result = main(sample, *flags)
+    assert "another process is writing s/samples.npy" in result.err
+    lock.close()
+    assert main(sample, *flags, "--n", 4).code == 0
+    assert main(sample, *flags).code == 0
+    made = sorted(path.name for path in Path("s/samples").iterdir())
+    assert made == ["0000-spin.mp4", "0001-wave.mp4", "2024-holiday.mp4"]
+
 @pytest.mark.parametrize("flags, words", [
     ("", "there is no runs/toy/diffusion.pt|python diffusion.py"),
     ("--step 3", "did you mean --steps?"),
@@ -189,6 +203,7 @@ def test_a_picture_to_start_from(stage2, clips, main):
     ("--checkpoint good.pt --eta 1", "for --sampler ddim"),
     ("--checkpoint good.pt --steps 51", "from 1 to 50"),
     ("--checkpoint good.pt --n -3", "argument --n"),
+    ("--checkpoint good.pt --export ./good.pt", "would replace what training needs"),
     ("--checkpoint good.pt --frames -1", "argument --frames"),
     ("--checkpoint good.pt --start no.mp4", "cannot read no.mp4"),
     ("--checkpoint good.pt --start good.pt", "cannot read good.pt")])

@@ -576,6 +576,12 @@ def test_the_term_that_broke_is_named_and_the_last_good_step_remains(stage1, mai
     assert main(vqgan3d, *stage1.flags, "--out", "run").code == 0
     assert_as_undisturbed(Path("run/vqgan.pt"), stage1.path)
 
+def test_steps_given_where_a_fraction_is_meant_are_refused(clips, stage1, main):
+    """--gan_start 10000, as in other code: it would never begin, without a word."""
+    result = main(vqgan3d, *short(clips, stage1.home), "--gan_start", 10000)
+    assert result.code == 1
+    assert "--gan_start: 10000.0 is too large" in result.err
+
 def test_a_run_that_diverges_never_replaces_a_checkpoint(stage1, clips, main):
     """A run that breaks between two looks at its losses, saves what is left at the next evaluation,
     and says "done"."""
@@ -619,7 +625,7 @@ def test_two_processes_do_not_train_into_one_folder(stage1, main, tmp_path):
     run = new_run(tmp_path / "run")
     result = main(vqgan3d, *stage1.flags, "--out", "run")
     assert result.code == 1
-    assert "another process is training run/vqgan.pt" in result.err
+    assert "another process is writing run/vqgan.pt" in result.err
     run.lock.close()                                                  # the system does it at an end
     new_run(tmp_path / "run")
 
