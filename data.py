@@ -298,23 +298,22 @@ def check_frames(files):
         elif changing.shape[1] == 1 and step.max() > 1.5 * step.min():
             return files[step.argmax()].name
     if second:
-        raise ValueError(f"{first} and {second} belong to two videos; put each into a folder of "
-                         "its own")
+        raise ValueError(f"{first} and {second} seem to be of two videos: put each into a folder "
+                         "of its own")
     return ""
 
 def are_times(last, falls):
-    """Do these numbers, which fall after the positions `falls`, count fractions of a second, or
-    seconds? Frames of a second video would begin anew in the same way, often at 0 or 1."""
+    """Are numbers that fall after these positions the last ones of dates and times? Those of a
+    second video would begin anew in the same way, often at 0 or 1."""
     steps = np.diff(last)
     longest = steps.max()
-    first_run = last[:falls[0] + 1]
     runs = np.split(last, falls + 1)
-    alike = all(np.array_equal(run, first_run[:len(run)]) for run in runs)
-    for modulus in (60, 1000, 10 ** 6):
-        go_on = last.max() < modulus and (steps[falls] % modulus <= 2 * longest).all()
-        if go_on and not (alike and (modulus == 60 or longest == 1)):
-            return True
-    return False
+    alike = all(np.array_equal(run, runs[0][:len(run)]) for run in runs)
+    if alike and (last.max() < 60 or longest == 1):
+        return False
+    units = np.array([24, 28, 29, 30, 31, 60, 1000, 10 ** 6])     # hours, days, seconds, parts
+    gaps = steps[falls][:, None] + units                          # (falls, units)
+    return ((gaps > 0) & (gaps <= 2 * longest)).any(1).all()
 
 def find_sources(root):
     """All videos below root: video files, and folders of frames.
@@ -1091,8 +1090,8 @@ def explain(e):
         sys.stdout = open(os.devnull, "w")
         return "what reads the output was closed"
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (f"cannot write {e.filename or 'a file'}: {e.strerror}. Free some space or choose another "
-                "folder, then run the same command again, without --fresh")
+        return (f"cannot write {e.filename or 'a file'}: {e.strerror}. Free some space or choose "
+                "another folder, then run the same command again, without --fresh")
     if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EROFS):
         return (f"cannot use {e.filename}: {e.strerror}. Change the permissions or choose another "
                 "folder")

@@ -3,6 +3,7 @@ Each test names the mistake that would be made in silence."""
 import os
 import struct
 import sys
+from datetime import date, datetime, timedelta
 
 import imageio.v3 as iio
 import numpy as np
@@ -33,13 +34,17 @@ def videos(root, tmp_path, split="train"):
 
 @pytest.mark.parametrize("names", [
     ["{t}.png"], ["f_{t:05d}.png"], ["{t}_640x360.png"], ["{t}_of_20.png"], ["shot ({t}).png"],
-    ["{s}.png"], ["00-00-{w:02d}-{ms:03d}.png"], ["2024-01-01_23-59-{u:02d}.png"]])
+    ["{s}.png"], ["00-00-{w:02d}-{ms:03d}.png"], ["2024-01-01_23-59-{u:02d}.png"], ["{day}.png"],
+    ["{second}.png"]])
 def test_one_sequence_is_one_video_in_order(tmp_path, names):
     """Frames 0, 1, 10, 11, 2; seconds 0.125 after 0.25; times that begin anew: two videos."""
     named = []
     for t in range(12):
         s = t / 8
-        named.append(names[0].format(t=t, s=s, w=int(s), ms=int(s * 1000) % 1000, u=40 + t))
+        day = date(2023, 2, 22) + timedelta(t)                # over the end of February
+        second = datetime(2023, 12, 31, 23, 59, 37) + timedelta(seconds=5 * t)
+        named.append(names[0].format(t=t, s=s, w=int(s), ms=int(s * 1000) % 1000, u=40 + t,
+                                     day=day, second=f"{second:%Y-%m-%d_%H-%M-%S}"))
     frames(tmp_path / "v", named)
     values = data.read_video(tmp_path / "v", 16)[:, 0, 0, 0]
     assert values.tolist() == [5 * t for t in range(12)]
