@@ -430,8 +430,8 @@ def list_folder(data, split):
     """Any folder: its splits, if it has folders for them, and first-level folders as classes."""
     root = Path(data)
     if not root.is_dir():
-        raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder nor an "
-                        ".npy or .npz file")
+        raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder of videos "
+                        "nor an .npy or .npz file")
     for _ in range(4):                                            # as archives often unpack
         files, folders = list_folder_entries(root)
         media = [f for f in files if f.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES]
@@ -1610,7 +1610,8 @@ class Run:
         except (OSError, RuntimeError) as e:             # torch turns a full disk into RuntimeError
             temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write {self.path}: {first_line(e)}. The checkpoint before it "
-                            "is intact: free some space, then run the same command again")
+                            "is intact: free some space, then run the same command again, "
+                            "without --fresh")
         self.clock = time.time()
 
 # --------------------------------------------------------------------------------------------------
