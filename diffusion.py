@@ -60,6 +60,7 @@ class Config:
     # the diffusion
     timesteps: int = 1000         # T of DDPM
     noise_schedule: str = "cosine"     # cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
+    noise_shift: float = 1.0      # sigma / alpha is multiplied by it; large latents want more noise
     predict: str = "v"            # output of the network: v (Salimans & Ho 2022) or eps, the noise
     label_drop: float = 0.1       # fraction of labels replaced by the null label, for guidance
     cond_prob: float = 0.25       # fraction of clips of which 0 to T - 1 first frames are given
@@ -101,7 +102,8 @@ PRESETS = {
 }
 # flags that a resumed run cannot change
 FIXED = ("pixels", "size", "frames", "stride", "fps", "flip", "width", "mults", "blocks",
-         "full_attention_tokens", "head_dim", "timesteps", "noise_schedule", "predict", "seed")
+         "full_attention_tokens", "head_dim", "timesteps", "noise_schedule",
+         "noise_shift", "predict", "seed")
 
 # --------------------------------------------------------------------------------------------------
 # the U-Net. A convolution in space sees frames as images, so x is (B*T, C, H, W) throughout
@@ -327,8 +329,13 @@ class UNet(nn.Module):
 
 class Diffusion:
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), where t runs from 0, nearly
-    clean, to timesteps - 1, nearly noise (Ho et al. 2020, eq. 4)."""
-    def __init__(self, timesteps, noise_schedule, predict, device="cpu"):
+    clean, to timesteps - 1, nearly noise (Ho et al. 2020, eq. 4).
+
+    noise_shift multiplies sigma / alpha at all times (Chen 2023; Hoogeboom et al. 2023). The mean
+    colour of many positions shows through noise that hides each of them. Without more noise it
+    would be decided within the first of 25 steps, too early, and all samples would look alike.
+    """
+    def __init__(self, timesteps, noise_schedule, predict, noise_shift=1.0, device="cpu"):
         if noise_schedule not in ("cosine", "linear"):
             raise UserError(f"--noise_schedule {noise_schedule}: must be cosine or linear")
         if predict not in ("eps", "v"):
@@ -341,7 +348,8 @@ class Diffusion:
             t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
             f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - f[1:] / f[:-1]
-        self.alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), 0)         # (T,) float64
+        alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), 0)              # (T,) float64
+        self.alpha_bar = alpha_bar / (alpha_bar + noise_shift ** 2 * (1 - alpha_bar))
         self.alpha = self.alpha_bar.sqrt().float().to(device)
         self.sigma = (1 - self.alpha_bar).sqrt().float().to(device)
 
@@ -504,7 +512,7 @@ class LatentDiffusion:
         if H != W:
             raise UserError(f"the U-Net needs square latents, and those of stage 1 are {H} x {W}: "
                             "train it with the same --down for height and width")
-        self.diffusion = Diffusion(c.timesteps, c.noise_schedule, c.predict, device)
+        self.diffusion = Diffusion(c.timesteps, c.noise_schedule, c.predict, c.noise_shift, device)
         num_classes = len(classes or [])
         self.unet = UNet(c, C, T, H, num_classes).to(device)
         self.set_statistics(torch.zeros(C), torch.ones(C), 1.0)

@@ -74,6 +74,15 @@ def test_schedules_are_those_of_the_papers():
         with pytest.raises(diffusion.UserError, match="must be"):
             Diffusion(10, *wrong)
 
+def test_noise_shift_multiplies_the_ratio_of_noise_to_signal():
+    """Multiplied by its root or its square, or in the networks' copy only."""
+    plain = Diffusion(1000, "cosine", "v")
+    shifted = Diffusion(1000, "cosine", "v", 4.0)
+    ratio = torch.sqrt(1 / plain.alpha_bar - 1)
+    assert torch.allclose(torch.sqrt(1 / shifted.alpha_bar - 1), 4 * ratio, rtol=1e-9)
+    expected = 4 * plain.sigma[:900] / plain.alpha[:900]
+    assert torch.allclose(shifted.sigma[:900] / shifted.alpha[:900], expected, rtol=1e-4)
+
 def test_sampling_times_descend_to_0():
     """A sampler that begins too early, ends too late or stands still at a time that comes twice."""
     d = Diffusion(1000, "cosine", "v")
