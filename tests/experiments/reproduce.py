@@ -30,11 +30,11 @@ class Flags(NamedTuple):
     n: int               # samples
 
 SKY = {
-    "cpu": Flags("--width 32 --perceptual 0.03 --disc_width 16 --lr 3e-3 --batch_size 2 "
-                 "--steps 1500 --eval_every 500 --eval_clips 12",
+    "cpu": Flags("--crop 64 --width 32 --perceptual 0.03 --disc_width 16 --lr 3e-3 --batch_size 4 "
+                 "--steps 4500 --eval_every 500 --eval_clips 12",
                  "--predict v --width 48 --blocks 1 --full_attention_tokens 256 --head_dim 48 "
-                 "--batch_size 8 --lr 4e-3 --ema 0.995 --num_latents 578 --steps 1500 "
-                 "--eval_every 500", 128),
+                 "--batch_size 8 --grad_accum_steps 1 --lr 4e-3 --ema 0.995 --num_latents 578 "
+                 "--steps 1200 --eval_every 300", 128),
     "gpu": Flags("--perceptual 0.03 --batch_size 16 --steps 5000 --eval_every 500",
                  "--predict v --steps 20000 --num_latents 578 --ema 0.999 --eval_every 2000", 2048),
 }
@@ -43,10 +43,10 @@ ACTIONS = {
                  "--batch_size 4 --steps 800 --eval_every 200 --eval_clips 24",
                  "--predict v --width 48 --blocks 1 --full_attention_tokens 256 --head_dim 48 "
                  "--batch_size 16 --lr 4e-3 --ema 0.995 --num_latents 2880 --steps 2000 "
-                 "--eval_every 500", 256),
+                 "--noise_shift 1 --eval_every 500", 256),
     "gpu": Flags("--size 64 --perceptual 0.02 --batch_size 16 --steps 4000 --eval_every 500",
-                 "--predict v --steps 15000 --num_latents 2880 --ema 0.999 --eval_every 2000",
-                 2048),
+                 "--predict v --noise_shift 2 --steps 15000 --num_latents 2880 --ema 0.999 "
+                 "--eval_every 2000", 2048),
 }
 
 class ToyRun(NamedTuple):
