@@ -242,7 +242,8 @@ def output_folder(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{folder} cannot be a folder, because a file is there: give another --out")
+        raise UserError(f"{folder} cannot be a folder, because a file is in the way: remove it, or "
+                        "choose another folder")
     (folder / OUTPUT_MARK).touch()
     return folder
 
@@ -309,9 +310,9 @@ def are_times(last, falls):
     longest = steps.max()
     runs = np.split(last, falls + 1)
     alike = all(np.array_equal(run, runs[0][:len(run)]) for run in runs)
-    if alike and (last.max() < 60 or longest == 1):
+    if alike and (last.max() < 60 or longest == 1):               # each counts from the same start
         return False
-    units = np.array([24, 28, 29, 30, 31, 60, 1000, 10 ** 6])     # hours, days, seconds, parts
+    units = np.array([24, 28, 29, 30, 31, 60, 1000, 10 ** 6])     # hours, days, seconds, fractions
     gaps = steps[falls][:, None] + units                          # (falls, units)
     return ((gaps > 0) & (gaps <= 2 * longest)).any(1).all()
 
@@ -1156,10 +1157,12 @@ def parse_flags(Config, presets={}, argv=None):
         if type(value) in (int, float) and not value >= (0 if zero_is_fine else 1):
             parser.error(f"argument --{name}: {value} is too small")
         is_fraction = comments.get(name, "").startswith("fraction")
-        if (is_fraction and value > 1) or (name == "seed" and value > 10 ** 9):
-            parser.error(f"argument --{name}: {value} is too large")
+        if is_fraction and value > 1:
+            parser.error(f"argument --{name}: {value:g} is not a fraction, from 0 to 1")
+        if name == "seed" and value > 10 ** 9:
+            parser.error(f"argument --seed: {value} is too large, give at most {10 ** 9}")
         if name == "data" and not value:
-            parser.error("argument --data: it is empty")
+            parser.error("argument --data is empty: name a set, a folder or an .npy file")
         if isinstance(value, str) and value.startswith("~"):
             flags[name] = os.path.expanduser(value)
         print(f"  --{name} {flags[name]}   (instead of {values.get(name)})")

@@ -56,14 +56,14 @@ class Config:
     blocks: int = 2               # residual blocks at each level, on the way down
     full_attention_tokens: int = 1024  # levels of so many positions or fewer attend to all at once
     head_dim: int = 64            # channels of an attention head
-    dropout: float = 0.0          # fraction of the residual blocks' channels that is left out
+    dropout: float = 0.0          # fraction of values set to zero, in the residual blocks
     # the diffusion
     timesteps: int = 1000         # T of DDPM
     noise_schedule: str = "cosine"     # cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
     noise_shift: float = 1.0      # sigma / alpha is multiplied by it; large latents want more noise
     predict: str = "v"            # output of the network: v (Salimans & Ho 2022) or eps, the noise
     label_drop: float = 0.1       # fraction of labels replaced by the null label, for guidance
-    cond_prob: float = 0.25       # fraction of clips of which 0 to T - 1 first frames are given
+    cond_prob: float = 0.25       # fraction of clips whose first 0 to T - 1 latents are given
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
@@ -347,6 +347,8 @@ class Diffusion:
             raise UserError(f"--noise_schedule {noise_schedule}: must be cosine or linear")
         if predict not in ("eps", "v"):
             raise UserError(f"--predict {predict}: must be eps or v")
+        if noise_shift <= 0:
+            raise UserError(f"--noise_shift {noise_shift:g}: must be more than 0")
         self.timesteps = timesteps
         self.predict = predict
         if noise_schedule == "linear":                           # beta 1e-4 to 0.02 at T = 1000
@@ -621,7 +623,8 @@ def load_diffusion(path, device="cpu"):
     .step is how long it was trained."""
     checkpoint = load_checkpoint(path)
     if "ema" not in checkpoint:
-        raise UserError(f"{path} is a stage 1: train stage 2 on it (diffusion.py), or give its .pt")
+        raise UserError(f"{path} is a stage 1: train stage 2 on it (diffusion.py) and give the "
+                        "diffusion.pt")
     device = torch.device(device)
     try:
         vqgan = build_vqgan(checkpoint["vqgan"], device) if checkpoint["vqgan"] else None
@@ -689,7 +692,8 @@ class Latents:
         mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
         self.model.set_statistics(mean, std, 1.0)
-        self.model.bound = bound = self.model.normalize(z).abs().max().item()
+        bound = self.model.normalize(z).abs().max().item()
+        self.model.bound = bound
         print(f"latents: mean {mean.cpu().numpy().round(3)}, standard deviation "
               f"{std.cpu().numpy().round(3)}; normalised, at most {bound:.1f}")
 

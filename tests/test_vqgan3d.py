@@ -580,7 +580,7 @@ def test_steps_given_where_a_fraction_is_meant_are_refused(clips, stage1, main):
     """--gan_start 10000, as in other code: it would never begin, without a word."""
     result = main(vqgan3d, *short(clips, stage1.home), "--gan_start", 10000)
     assert result.code == 1
-    assert "--gan_start: 10000.0 is too large" in result.err
+    assert "--gan_start: 10000 is not a fraction" in result.err
 
 def test_a_run_that_diverges_never_replaces_a_checkpoint(stage1, clips, main):
     """A run that breaks between two looks at its losses, saves what is left at the next evaluation,
