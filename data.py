@@ -178,7 +178,7 @@ def toy_videos(n, frames=16, size=32, seed=0):
         speed = size / 32                                                   # pixels a frame
         anywhere = rng.uniform(0, 1, 2)
         central = rng.uniform(0.38, 0.62, 2)
-        middle = size * np.where(motion, anywhere, central)                 # at half time
+        middle = size * np.where(motion, anywhere, central)                 # in mid-clip
         t = (np.arange(frames)[:, None, None] - frames / 2) * speed
         dx = (x - middle[0] - motion[0] * t + size / 2) % size - size / 2   # (T, H, W)
         dy = (y - middle[1] - motion[1] * t + size / 2) % size - size / 2
@@ -203,13 +203,11 @@ def prepare_toy(folder, split, frames, size):
                 array[i:i + 256] = drawn
             array.flush()
             del array
-    labels = []
-    for i in chunks:
-        rng = np.random.default_rng((seed, i))
-        labels += toy_labels(256, rng).tolist()
     videos = []
-    for i, label in enumerate(labels):
-        videos.append(Video(f"toy {i}", TOY_CLASSES[label], label, frames, path, i))
+    for i in chunks:
+        labels = toy_labels(256, np.random.default_rng((seed, i)))
+        for k, label in enumerate(labels, i):
+            videos.append(Video(f"toy {k}", TOY_CLASSES[label], frames, path, k))
     return videos
 
 # --------------------------------------------------------------------------------------------------
@@ -219,13 +217,13 @@ class Source(NamedTuple):
     """A video before it is decoded."""
     path: Path       # a video file, or a folder of frames
     name: str        # its path inside the set
-    label: str       # name of its class, or ""
+    class_name: str  # or ""
 
 class Listing(NamedTuple):
     """What was found of one split."""
     sources: list    # of Source, in natural order of their names
     remarks: list    # of Remark
-    classes: list    # names, perhaps none; None: those of the usable training videos
+    classes: list    # names, []: no classes; None: take those of the training videos
     needs_split: bool    # are there no splits yet?
 
 class Remark(NamedTuple):
@@ -259,8 +257,11 @@ def list_folder_entries(folder):
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.name.startswith((".", "__MACOSX")):
-                kind = folders if entry.is_dir() else files
-                kind.append(Path(entry.path))
+                path = Path(entry.path)
+                if entry.is_dir():
+                    folders.append(path)
+                else:
+                    files.append(path)
     return sorted(files, key=natural_key), sorted(folders, key=natural_key)
 
 def list_frames(folder):
@@ -305,7 +306,8 @@ def check_frames(files):
 
 def are_times(last, falls):
     """Are numbers that fall after these positions the last ones of dates and times? Those of a
-    second video would begin anew in the same way, often at 0 or 1."""
+    second video would begin anew in the same way, often at 0 or 1. Seconds 55 and 0 fall by 55,
+    which 60 makes a step of 5: times."""
     steps = np.diff(last)
     longest = steps.max()
     runs = np.split(last, falls + 1)
@@ -319,8 +321,8 @@ def are_times(last, falls):
 def find_sources(root):
     """All videos below root: video files, and folders of frames.
 
-    Pictures beside videos, or in a folder above them, are no video. Links are followed once; our
-    own outputs are left out, aloud. Returns (list of paths, list of Remark).
+    Pictures beside videos, or in a folder above them, are no video. Links are followed once.
+    Outputs of these scripts are skipped, with a Remark. Returns (list of paths, list of Remark).
     """
     root = Path(root)
     sources, remarks, seen = [], [], set()
@@ -433,7 +435,7 @@ def list_folder(data, split):
     if not root.is_dir():
         raise UserError(f"--data {data} is neither one of {', '.join(SETS)} nor a folder of videos "
                         "nor an .npy or .npz file")
-    for _ in range(4):                                            # as archives often unpack
+    for _ in range(4):                                   # archives unpack to folders in folders
         files, folders = list_folder_entries(root)
         media = [f for f in files if f.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES]
         if media or len(folders) != 1:
@@ -444,7 +446,8 @@ def list_folder(data, split):
     paths, remarks = find_sources(root)
     names = [p.relative_to(root).as_posix() for p in paths]
     labels = [name.split("/")[0] if "/" in name else "" for name in names]
-    if "" in labels or len(set(labels)) < 2:
+    decides = split == "train" or not splits             # a test split has the classes of train
+    if decides and ("" in labels or len(set(labels)) < 2):
         print(f"no classes in {root}: that takes two folders of videos, and no video outside")
         labels = [""] * len(names)
     if splits:
@@ -578,17 +581,15 @@ def read_frames(path, size, fps=0):
             frames = read_video_file(path)
         for frame in resample(frames, fps) if fps else frames:
             yield resize_crop(frame.image, size, frame.aspect)
+    except MemoryError:                                  # no fault of the file
+        raise
     except Exception as e:
-        raise UserError(f"cannot read {path}: {explain_decoder(e)}")
+        reason = first_line(e)
+        if re.search("Invalid data found|unrecognized image|can not handle", reason):
+            reason = f"it is damaged, or not of the kind that its name says ({reason})"
+        raise UserError(f"cannot read {path}: {reason}")
     if frame is None:
         raise UserError(f"cannot read {path}: no frames in it")
-
-def explain_decoder(e):
-    """What a decoder's error means."""
-    text = first_line(e)
-    if re.search("Invalid data found|unrecognized image|can not handle", text):
-        return f"it is damaged, or not of the kind that its name says ({text})"
-    return text
 
 def resample(frames, fps):
     """Yield the Frame that is shown at 0, 1 / fps, 2 / fps ... seconds after the first."""
@@ -640,18 +641,14 @@ def on_black(frame):
     return np.rint(frame[..., :3] * alpha).astype(np.uint8)
 
 def read_video_file(path):
-    """Yield each Frame of a video, turned and mirrored as the file says. A picture attached to it,
-    such as a cover, is not the video."""
+    """Yield each Frame of a video, turned and mirrored as the file says."""
     import av                                     # PyAV, imageio's plug-in; arrays need none
     with av.open(os.path.abspath(path)) as container:
-        cover = av.stream.Disposition.attached_pic
-        streams = [s for s in container.streams.video if not s.disposition & cover]
-        if not streams:
-            raise ValueError("no video stream in it")
-        streams[0].thread_type = "AUTO"
-        for frame in container.decode(streams[0]):
+        stream = video_stream(container)
+        stream.thread_type = "AUTO"
+        for frame in container.decode(stream):
             image = frame.to_ndarray(format="rgb24")
-            aspect = float(streams[0].sample_aspect_ratio or 1)
+            aspect = float(stream.sample_aspect_ratio or 1)
             matrix = display_matrix(frame)                        # x' = a x + c y, y' = b x + d y
             if matrix is not None:
                 (a, b), (c, d) = np.sign(np.round(matrix, 3)).astype(int)
@@ -662,6 +659,14 @@ def read_video_file(path):
                     a, d = c, b
                 image = image[::d, ::a]                           # mirrored where the sign is -1
             yield Frame(image, aspect, frame.time)
+
+def video_stream(container):
+    """The first video stream that is not an attached picture, such as a cover."""
+    import av
+    for stream in container.streams.video:
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise ValueError("no video stream in it")
 
 def display_matrix(frame):
     """How a player has to turn the frame: float (2, 2), or None"""
@@ -677,7 +682,8 @@ def read_video(path, size, fps=0):
 def resize_crop(frame, size, aspect=1.0):
     """uint8 (H, W, 3) -> (size, size, 3): short side resized with antialiasing, centre square.
 
-    aspect: width of a pixel divided by its height. The longer side may be 32 times the shorter one.
+    aspect: width of a pixel divided by its height. ValueError if the longer side is more than 32
+    times the shorter one.
     """
     H, W, _ = frame.shape
     short, long = sorted((H, W * aspect))
@@ -698,10 +704,10 @@ class Video(NamedTuple):
     """A decoded video."""
     name: str        # its path inside the set
     class_name: str  # or ""
-    label: int       # number of its class; -1: none
     frames: int      # how many it has
     path: Path       # the .npy file of its frames
-    index: int       # which video of that file it is; -1: the file is this video
+    index: int = -1  # which video of that file it is; -1: the file is this video
+    label: int = -1  # number of its class; -1: none, or not known yet
 
     def open(self):
         """Its frames as a memory map, uint8 (frames, H, W, 3 or 1)"""
@@ -715,11 +721,12 @@ def channels_last(array):
     """View an array of videos as (N, T, H, W, C); ValueError if its axes cannot be told apart.
 
     Known are (N, T, H, W, 3), (N, 3, T, H, W) and (N, T, 3, H, W), each also with 1 channel or
-    without that axis; and (T, N, H, W), as in Moving MNIST, if N is ten times T or more.
+    without that axis; and (T, N, H, W), as in Moving MNIST (20, 10000, 64, 64), if N is at least a
+    hundred times T.
     """
     if array.ndim == 4 and array.shape[3] not in (1, 3, 4):
         N, T, _, _ = array.shape
-        if T >= 10 * N > 10:
+        if T >= 100 * N > 100:
             array = array.swapaxes(0, 1)
         return array[..., None]
     for axis in (4, 1, 2):
@@ -745,10 +752,12 @@ def prepare_array(folder, path):
             raise ValueError("it is empty")
         N, T, H, W, C = channels_last(array).shape
     except Exception as e:                               # a damaged file can raise anything
+        if explain(e):                                   # but that is no fault of the file
+            raise
         raise UserError(f"cannot use {path} ({first_line(e)}): expected one array, uint8 from 0 to "
                         "255, of shape (N, T, H, W, 3), (N, 3, T, H, W) or (N, T, H, W)")
     print(f"{path.name}: {N} videos of {T} frames of {W} x {H}, {C} channels")
-    return [Video(f"{i}", "", -1, T, path.resolve(), i) for i in range(N)]
+    return [Video(f"{i}", "", T, path.resolve(), i) for i in range(N)]
 
 def probe(path):
     """(frames, frames a second) of a source, without decoding it; 0 for what cannot be told."""
@@ -760,7 +769,7 @@ def probe(path):
             return iio.improps(path, plugin="pillow").shape[0], 1000 / milliseconds
         import av
         with av.open(os.path.abspath(path)) as container:          # a colon means a protocol
-            stream = container.streams.video[0]
+            stream = video_stream(container)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             seconds = (container.duration or 0) / av.time_base    # webm and mkv do not count
             return stream.frames or round(seconds * rate), rate
@@ -779,7 +788,8 @@ def cache_folder(data, data_dir):
 
 def cache_path(folder, source, size, fps):
     """The cache file of a source. Its name holds all that determines its content: the path inside
-    the set, names and bytes of its files, time of the last change, pixels a side, frame rate."""
+    the set, names and total size of its files, time of the last change, pixels a side, frame
+    rate."""
     files = list_frames(source.path) if source.path.is_dir() else [source.path]
     stats = [f.stat() for f in files]
     total = sum(s.st_size for s in stats)
@@ -803,8 +813,7 @@ def decode(source, path, size, fps):
     the end, when the header is written again; numpy leaves room in it for a first axis that grows.
     If a video breaks off, what came before is used, and damage_note() says why it broke off.
     """
-    count = 0
-    damage_note(path).unlink(missing_ok=True)
+    count, reason = 0, ""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         def write_header():
             header = dict(descr="|u1", fortran_order=False, shape=(count, size, size, 3))
@@ -816,13 +825,16 @@ def decode(source, path, size, fps):
                 count += 1
         except UserError as e:
             reason = str(e).removeprefix(f"cannot read {source.path}: ")
-            damage_note(path).write_text(reason, errors="backslashreplace")
         else:
             length, _ = probe(source.path)
             if not fps and count < 0.9 * length:                  # some decoders say nothing
-                damage_note(path).write_text(f"it ends, and should have {length}")
+                reason = f"it ends, and should have {length}"
         file.seek(0)
         write_header()
+        if reason:
+            damage_note(path).write_text(reason, errors="backslashreplace")
+        else:
+            damage_note(path).unlink(missing_ok=True)
 
 def damage_note(path):
     """The file beside a cache file that says why its video could not be decoded to the end."""
@@ -831,8 +843,8 @@ def damage_note(path):
 def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0):
     """Decode one split into the cache, if it is not there yet.
 
-    Returns (list of Video, with labels for the toy only; classes, or None; whether the videos are
-    still to be divided into train and test). What cannot be read is counted and named. frames: how
+    Returns (list of Video, without labels; classes, or None; whether the videos are still to be
+    divided into train and test). What cannot be read is counted and named. frames: how
     many the toy has.
 
     The cache holds one .npy file a video, written under another name and then renamed: a file that
@@ -877,10 +889,11 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
         if note.exists():
             kind, detail = "unreadable", note.read_text(errors="replace")
             if count:
-                kind, detail = "used up to a damage", f"{count} frames, then {detail}"
+                kind = "used up to its first damaged frame"
+                detail = f"{count} frames, then {detail}"
             remarks.append(Remark(source.name, kind, detail))
         if count:
-            videos.append(Video(source.name, source.label, -1, count, path, -1))
+            videos.append(Video(source.name, source.class_name, count, path))
     print_remarks(f"{run_name(data)} {split}", remarks)
     if not videos:
         raise UserError(f"no usable video for --data {data} ({split} split): "
@@ -910,8 +923,8 @@ def check_disk(folder, need, title):
     print(f"{title}: about {need / 1e9:.2f} GB to write to {folder}, {free / 1e9:.1f} GB free")
     if need > free:
         raise UserError(f"not enough disk for {title} in {folder}: about {need / 1e9:.2f} GB "
-                        f"needed, {free / 1e9:.2f} GB free; free some, lower --size, or choose "
-                        "another --data_dir")
+                        f"needed, {free / 1e9:.2f} GB free; free some, choose another "
+                        "--data_dir, or prepare fewer pixels (--size)")
 
 def print_remarks(title, remarks):
     """Count and name the videos that are not used, or not whole."""
@@ -1049,7 +1062,7 @@ class Videos:
             i = k * len(self) // n if n <= len(self) else k % len(self)
             last_round = max(1, (n - 1) // len(self))             # counted from 0
             start = (self.num_windows(i) - 1) * (k // len(self)) // last_round
-            clips.append(np.array(self.window(i, start)))         # not an open file
+            clips.append(np.array(self.window(i, start)))         # a copy, not a map of the file
             labels.append(self.videos[i].label)
         return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
 
@@ -1137,6 +1150,7 @@ def parse_flags(Config, presets={}, argv=None):
     comments = re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M)
     comments = dict(comments)
     parser = FlagParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
+                        epilog="In []: the default. PRESETS, and SETS in data.py, replace some.",
                         argument_default=argparse.SUPPRESS,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
@@ -1295,8 +1309,8 @@ def micro_batches(batch_size, grad_accum_steps):
     return [slice(i * size, (i + 1) * size) for i in range(first, first + grad_accum_steps)]
 
 def can_compile(flag, device):
-    """Should torch.compile be used? As --compile says, if a trial shows a compiler that works; then
-    its options are set."""
+    """Should torch.compile be used? As --compile says, if a small trial works here; then its
+    options are set."""
     if flag not in ("auto", "on", "off"):
         raise UserError(f"--compile {flag}: must be auto, on or off")
     if flag == "off" or (flag == "auto" and device.type != "cuda"):
@@ -1445,7 +1459,10 @@ class Run:
                 print(f"  --{name} {getattr(cfg, name)}   (until now {then[name]})")
             if "steps" in changed:
                 print("  the learning rate goes on at this step's place in the new schedule")
-        self.compare_steps(checkpoint)
+        step = checkpoint["step"] if checkpoint else 0
+        if len(set(gather(step))) > 1:                            # all must go on from one step
+            raise UserError(f"the processes found different checkpoints at {self.path}: --out must "
+                            "be a folder that all machines share")
         if not RANK:
             rows = []
             if checkpoint and self.log_path.exists():
@@ -1460,7 +1477,7 @@ class Run:
         """Load a checkpoint into optimisers, networks and the like -> the step to go on at.
 
         learners: under the names that they have in the checkpoint, or None. Says so if the videos
-        have changed; UserError if they are another set.
+        have changed; UserError if their set has another name as well.
         """
         if not checkpoint:
             return 0
@@ -1478,15 +1495,9 @@ class Run:
                 learner.load_state_dict(checkpoint[name])
         return checkpoint["step"]
 
-    def compare_steps(self, checkpoint):
-        """All processes must go on from the same step: their run folder must be the same one."""
-        step = checkpoint["step"] if checkpoint else 0
-        if len(set(gather(step))) > 1:
-            raise UserError(f"the processes found different checkpoints at {self.path}: --out must "
-                            "be a folder that all machines share")
-
     def steps(self, start, total, title):
-        """Yield start ... total, with a progress bar. Ctrl-C and SIGTERM are taken note of."""
+        """Yield start ... total, with a progress bar. A first Ctrl-C or SIGTERM from here on only
+        makes stop_requested() true; a second one stops at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
         self.start, self.total = start, total
@@ -1506,7 +1517,8 @@ class Run:
     def prefetch(self, fetch, start, total):
         """Yield fetch(step), a tuple of tensors, for each step from start.
 
-        A thread has the next one ready, for a GPU in pinned memory, whose copy is not waited for.
+        A thread fetches the next one during the current step; for a GPU into pinned memory, from
+        which a copy need not be waited for.
         """
         def fetch_pinned(step):
             tensors = fetch(step)
@@ -1587,7 +1599,7 @@ class Run:
 
     def last_good(self):
         if self.path.exists() and not self.fresh:
-            return f"{self.path} still holds the last good step"
+            return f"{self.path} still holds the last good step, to go on from without --fresh"
         return "nothing was saved yet"
 
     def save(self, step, **state):
@@ -1596,6 +1608,7 @@ class Run:
         state: state dicts of networks and optimisers, tensors, plain Python values.
         """
         if RANK:
+            self.fresh = False
             return
         for part in ("model", "ema", "disc"):
             for name, value in (state.get(part) or {}).items():
@@ -1612,9 +1625,8 @@ class Run:
             self.fresh = False
         except (OSError, RuntimeError) as e:             # torch turns a full disk into RuntimeError
             temporary.unlink(missing_ok=True)
-            raise UserError(f"cannot write {self.path}: {first_line(e)}. The checkpoint before it "
-                            "is intact: free some space, then run the same command again, "
-                            "without --fresh")
+            raise UserError(f"cannot write {self.path}: {first_line(e)}; {self.last_good()}. Free "
+                            "some space, then run the same command again")
         self.clock = time.time()
 
 # --------------------------------------------------------------------------------------------------

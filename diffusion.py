@@ -9,8 +9,8 @@
 A 3D U-Net factorised into space and time (VDM, Ho et al. 2022) is trained on noisy latents (DDPM,
 Ho et al. 2020) to predict v, a mixture of latent and noise (Salimans & Ho 2022). A tenth of the
 labels is dropped, so that one network learns the conditional and the unconditional distribution,
-and sampling can extrapolate from the second to the first (classifier-free guidance, Ho & Salimans
-2021).
+and sampling can go from the second to the first and beyond it (classifier-free guidance, Ho &
+Salimans 2021).
 Writes runs/<data>/: diffusion.pt (stage 1 included: that one file makes videos; the same command
 again resumes from it), diffusion.jsonl (the log), diffusion.gif (samples from fixed noise, one row
 per class).
@@ -60,10 +60,10 @@ class Config:
     # the diffusion
     timesteps: int = 1000         # T of DDPM
     noise_schedule: str = "cosine"     # cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
-    noise_shift: float = 1.0      # sigma / alpha is multiplied by it; large latents want more noise
+    noise_shift: float = 1.0      # multiplies sigma / alpha; latents of many positions need more
     predict: str = "v"            # output of the network: v (Salimans & Ho 2022) or eps, the noise
     label_drop: float = 0.1       # fraction of labels replaced by the null label, for guidance
-    cond_prob: float = 0.25       # fraction of clips whose first 0 to T - 1 latents are given
+    cond_prob: float = 0.25       # fraction of clips whose first 0 to T - 1 latent frames are given
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
@@ -95,7 +95,7 @@ PRESETS = {
     ),
     "sky": dict(                  # 6.9 GB of GPU memory, from shapes; 12 GB without the parts
         grad_accum_steps=2,
-        noise_shift=4.0,          # its latents are 4 times as wide as the toy's
+        noise_shift=4.0,          # its latents are 32 x 32, the toy's 8 x 8
     ),
     "ucf101": dict(
         grad_accum_steps=2,
@@ -245,6 +245,8 @@ class UNet(nn.Module):
             raise UserError(f"the U-Net halves its {size} x {size} grid {len(c.mults) - 1} times, "
                             "which does not divide: give fewer --mults, or another size or --down "
                             "in stage 1")
+        if c.width % 2:
+            raise UserError(f"--width {c.width}: must be even, half sines and half cosines of t")
         self.width, self.num_classes = c.width, num_classes
         widths = [c.width * m for m in c.mults]
         sizes = [size >> i for i in range(len(widths))]
@@ -488,13 +490,13 @@ def dpm(denoise, diffusion, x, times, randn=None):
         yield x, x0
 
 SAMPLERS = {"dpm": dpm, "ddim": ddim, "ddpm": ddpm}
-DEFAULT_SAMPLER = next(iter(SAMPLERS))                           # the first
+DEFAULT_SAMPLER = "dpm"
 
 # --------------------------------------------------------------------------------------------------
 # both stages together
 
 class ClipFormat(NamedTuple):
-    """What a clip of the training videos is."""
+    """How clips are cut from the training videos."""
     size: int        # pixels a side
     frames: int
     stride: int      # frames of the video from one frame of the clip to the next
@@ -597,7 +599,7 @@ def export_model(path, out):
     """Write what sampling needs of a checkpoint to another file, in float16, a fifth as large."""
     if Path(out).resolve() == Path(path).resolve():
         raise UserError(f"--export {out} would replace what training needs: give another name")
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_stage2(path)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     small = {key: checkpoint[key] for key in ("config", "step", "statistics", "classes", "clip")}
     small["model"] = {}                                          # each checkpoint has one
@@ -613,18 +615,23 @@ def to_half(state):
 
 def noise_stream(seed):
     """The noise of one sample, from a number or from a torch.Generator, which goes on. The offset
-    keeps it apart from the seeds of the training steps."""
+    keeps it apart from the training steps of all --seed below 2999."""
     if isinstance(seed, torch.Generator):
         return seed
     return torch.Generator().manual_seed(3_000_000_000 + int(seed))
 
-def load_diffusion(path, device="cpu"):
-    """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
-    .step is how long it was trained."""
+def load_stage2(path):
+    """load_checkpoint() of a stage 2"""
     checkpoint = load_checkpoint(path)
     if "ema" not in checkpoint:
         raise UserError(f"{path} is a stage 1: train stage 2 on it (diffusion.py) and give the "
                         "diffusion.pt")
+    return checkpoint
+
+def load_diffusion(path, device="cpu"):
+    """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
+    .step is how long it was trained."""
+    checkpoint = load_stage2(path)
     device = torch.device(device)
     try:
         vqgan = build_vqgan(checkpoint["vqgan"], device) if checkpoint["vqgan"] else None
@@ -914,7 +921,7 @@ def main():
             fingerprint=train.fingerprint,
         )
 
-    held_out = HeldOut(model, latents, test)
+    held_out = None if RANK else HeldOut(model, latents, test)
 
     history = deque(maxlen=LOG_EVERY)
     batches = run.prefetch(latents.batch, first_step, cfg.steps)
@@ -984,10 +991,14 @@ def attend(q, k, v, bias):
 @contextmanager
 def reuse_biases(unet, T):
     """While sampling clips of T latent frames, weights and length stay the same: each attention
-    gathers its bias only once, here, outside of what torch.compile makes a CUDA graph of."""
-    layers = [m for m in unet.modules() if isinstance(m, Attention)]
-    for layer in layers:
-        layer.reused = layer.relative_bias(T)
+    gathers its bias only once, here, outside of what torch.compile makes a CUDA graph of. Inside
+    of another reuse_biases() the biases of that one stay, as a CUDA graph wants them in one place.
+    """
+    layers = []
+    for m in unet.modules():
+        if isinstance(m, Attention) and m.reused is None:
+            m.reused = m.relative_bias(T)
+            layers.append(m)
     try:
         yield
     finally:

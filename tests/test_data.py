@@ -285,7 +285,7 @@ def test_too_little_disk_is_said_before_writing(tmp_path, clips, monkeypatch):
 
 def split_names(names):
     """-> the names of the training and the test split"""
-    videos = [data.Video(name, "", -1, 16, None, -1) for name in names]
+    videos = [data.Video(name, "", 16, None) for name in names]
     train, test = (data.hold_out(videos, split) for split in ("train", "test"))
     return [v.name for v in train], [v.name for v in test]
 
@@ -406,7 +406,8 @@ def test_bad_files_are_counted_and_named_and_the_rest_is_used(tmp_path, clips, m
     lines = [line for line in result.out.splitlines() if " train: " in line]
     for remark, names in {
             "skipped 2 unreadable": ["spin/cut_00.mp4", "spin/text.mp4"],
-            "1 used up to a damage": ["spin/cut_02.gif (5 frames, then image file is truncated"],
+            "1 used up to its first damaged frame": [
+                "spin/cut_02.gif (5 frames, then image file is truncated"],
             "skipped 2 too short": ["spin/cut_02.gif", "wave/short.gif (5 of 8 frames)"],
             "skipped 1 empty folder": ["nothing"],
             "skipped 1 not a video": ["spin/notes.txt"]}.items():

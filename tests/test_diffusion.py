@@ -787,8 +787,9 @@ def test_refusals(stage1, stage2, main):
         assert result.code == 1
         return result.err
     assert "python vqgan3d.py" in error()
-    assert "does not fit stage 1" in error("--vqgan", stage2.path)
+    assert "is a stage 2" in error("--vqgan", stage2.path)
     assert "--mults" in error("--vqgan", stage1.path, "--mults", "1,1,1,1")
+    assert "--width 9" in error("--vqgan", stage1.path, "--width", 9)
     assert "--noise_schedule sine" in error("--vqgan", stage1.path, "--noise_schedule", "sine")
 
 def test_unusable_checkpoints(stage1, stage2, tmp_path):

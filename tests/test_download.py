@@ -65,7 +65,7 @@ def test_a_set_comes_to_lie_where_it_is_looked_for(server, tmp_path):
     data.download("sky", tmp_path)
     data.download("ucf101", tmp_path)
     sources = data.list_sources("ucf101", tmp_path, "train").sources
-    assert [s.label for s in sources] == ["Bend", "HandstandPushups"]
+    assert [s.class_name for s in sources] == ["Bend", "HandstandPushups"]
     assert len(data.list_sources("sky", tmp_path, "test").sources) == 1
     assert not list(tmp_path.rglob("readme.txt"))
 

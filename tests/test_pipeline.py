@@ -29,7 +29,7 @@ def test_stage_1_learns_and_says_so(stage1):
     scores = {row["step"]: row for row in log if "psnr" in row}
     assert list(scores) == [0, 20, 40, 60]
     assert scores[60]["psnr"] > scores[0]["psnr"] + 1
-    assert scores[60]["usage"] > 0.2
+    assert scores[60]["codes_used"] > 0.2
     losses = {row["step"]: row for row in log if "mse" in row}
     assert list(losses) == [0, 20, 40]
     assert {"codebook", "commitment", "lr", "dead_codes"} <= set(losses[0])
@@ -106,6 +106,7 @@ def test_samples_and_their_protocol(stage2, main):
     assert videos.std() > 5
     assert len({video.tobytes() for video in videos}) == 6
     assert protocol["labels"] == [0, 0, 0, 1, 1, 1]
+    assert protocol["data"] == str(stage2.home / "clips")
     assert protocol["classes"] == ["spin", "wave"]
     expected = dict(n=6, frames=8, size=16, stride=1, steps=4, guidance=1.5, seed=3, sampler="dpm",
                     checkpoint_step=24)
@@ -204,11 +205,13 @@ def test_a_second_process_and_another_s_videos_do_no_harm(stage2, main):
     ("--checkpoint good.pt --steps 51", "from 1 to 50"),
     ("--checkpoint good.pt --n -3", "argument --n"),
     ("--checkpoint good.pt --export ./good.pt", "would replace what training needs"),
+    ("--checkpoint vqgan.pt --export small.pt", "vqgan.pt is a stage 1"),
     ("--checkpoint good.pt --frames -1", "argument --frames"),
     ("--checkpoint good.pt --start no.mp4", "cannot read no.mp4"),
     ("--checkpoint good.pt --start good.pt", "cannot read good.pt")])
-def test_wrong_input_ends_in_one_line(stage2, main, flags, words):
+def test_wrong_input_ends_in_one_line(stage1, stage2, main, flags, words):
     """A stack trace where the user needs to know which command comes first."""
+    shutil.copy(stage1.path, "vqgan.pt")
     shutil.copy(stage2.path, "good.pt")
     Path("cut.pt").write_bytes(stage2.path.read_bytes()[:9999])
     result = main(sample, *flags.split())

@@ -287,7 +287,7 @@ def test_evaluation_of_a_known_error(tmp_path):
     clips = torch.randint(20, 200, (10, 3, 16, 16, 3), dtype=torch.uint8)
     scores = vqgan3d.evaluate_and_preview(TenLevelsBrighter(), clips, contextlib.nullcontext, 4,
                                           tmp_path / "a.gif")
-    expected = dict(psnr=20 * math.log10(25.5), usage=0.25, perplexity=2)
+    expected = dict(psnr=20 * math.log10(25.5), codes_used=0.25, perplexity=2)
     assert scores == pytest.approx(expected, rel=1e-5)
     assert (tmp_path / "a.gif").exists()
 

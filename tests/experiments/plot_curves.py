@@ -23,7 +23,7 @@ PLOTS = {
         Plot("stage 1: mse", ("mse",), log=True),
         Plot("stage 1: held-out PSNR, dB", ("psnr",)),
         Plot("stage 1: GAN", ("gan", "disc", "D_real", "D_fake")),
-        Plot("stage 1: fraction of the codes in use", ("usage",)),
+        Plot("stage 1: fraction of the codes in use", ("codes_used",)),
     ],
     "diffusion.jsonl": [
         Plot("stage 2: loss", ("loss", "held_out_loss"), log=True),
