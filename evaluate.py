@@ -150,7 +150,8 @@ def ssim(x, y):
     11 x 11 pixels and standard deviation 1.5, at all positions where it lies inside the frame.
     """
     B, _, _, H, W = x.shape
-    g = torch.exp(-(torch.arange(11, device=x.device) - 5.0) ** 2 / (2 * 1.5 ** 2))
+    offset = torch.arange(11, device=x.device) - 5.0
+    g = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
     g = g / g.sum()
     def blur(v):                                                        # (B*3*T, 1, H-10, W-10)
         v = F.conv2d(v.reshape(-1, 1, H, W), g.view(1, 1, 11, 1))
@@ -354,7 +355,8 @@ def evaluate_samples(cfg, device):
     pairs = []
     for run in range(cfg.runs):
         if cfg.real:
-            real = reference[np.random.default_rng(run).permutation(len(reference))[:n]]
+            order = np.random.default_rng(run).permutation(len(reference))
+            real = reference[order[:n]]
         else:
             real = real_logits(cfg, i3d, videos, n, run)
         pairs.append((real, fake[run % sets]))
@@ -564,7 +566,8 @@ def main():
         raise UserError("--real and --c3d are for samples: leave them off with --vqgan and --floor")
     if cfg.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {cfg.dtype}: must be float32 or bfloat16, for the protocol")
-    if not cfg.vqgan and (cfg.frames < 10 or (cfg.c3d and cfg.frames != 16)):
+    wrong_length = cfg.frames < 10 or (cfg.c3d and cfg.frames != 16)
+    if wrong_length and not cfg.vqgan:
         raise UserError(f"--frames {cfg.frames}: I3D needs at least 10 frames, C3D exactly 16")
     path = report_path(cfg)
     device, _ = pick_device(cfg.device, cfg.dtype)

@@ -90,7 +90,7 @@ PRESETS = {
         eval_every=500,
         eval_clips=128,
     ),
-    "sky": dict(                  # 7.7 GB of GPU memory, computed from shapes
+    "sky": dict(                  # 7.1 GB of GPU memory, computed from shapes
         width=128,
         batch_size=16,
         flip=True,                # skies have no left and right
