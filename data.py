@@ -27,6 +27,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import urllib.error
@@ -116,6 +117,8 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
     grid = grid[:, :-1, :-1]
     grid = grid.repeat(zoom, 1).repeat(zoom, 2)
     path = Path(path)
+    if path.suffix not in (".gif", ".mp4"):
+        raise UserError(f"{path} must end in .gif or .mp4")
     if path.suffix == ".mp4":
         _, H, W, _ = grid.shape                                   # H.264 needs even sides
         grid = np.pad(grid, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")
@@ -329,6 +332,7 @@ def find_sources(root):
     def visit(folder):
         name = str(folder.relative_to(root))
         if folder.resolve() in seen:
+            remarks.append(Remark(name, "link to a folder that was seen already"))
             return
         seen.add(folder.resolve())
         if folder != root and (folder / OUTPUT_MARK).exists():
@@ -429,6 +433,13 @@ def split_folders(root):
               f"{', '.join(sorted(unused))}")
     return found
 
+def holds_only_outputs(folder):
+    """Is it a folder of these scripts, or one around them, without videos?"""
+    if (folder / OUTPUT_MARK).exists():
+        return True
+    sources, remarks = find_sources(folder)
+    return not sources and any(kind == "output of these scripts" for _, kind, _ in remarks)
+
 def list_folder(data, split):
     """Any folder: its splits, if it has folders for them, and first-level folders as classes."""
     root = Path(data)
@@ -437,6 +448,8 @@ def list_folder(data, split):
                         "nor an .npy or .npz file")
     for _ in range(4):                                   # archives unpack to folders in folders
         files, folders = list_folder_entries(root)
+        if len(folders) > 1:                             # cache, runs: they came after the videos
+            folders = [f for f in folders if not holds_only_outputs(f)]
         media = [f for f in files if f.suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES]
         if media or len(folders) != 1:
             break
@@ -721,12 +734,12 @@ def channels_last(array):
     """View an array of videos as (N, T, H, W, C); ValueError if its axes cannot be told apart.
 
     Known are (N, T, H, W, 3), (N, 3, T, H, W) and (N, T, 3, H, W), each also with 1 channel or
-    without that axis; and (T, N, H, W), as in Moving MNIST (20, 10000, 64, 64), if N is at least a
-    hundred times T.
+    without that axis; and (T, N, H, W), as in Moving MNIST (20, 10000, 64, 64), if T is at least
+    10 and N at least a hundred times T.
     """
     if array.ndim == 4 and array.shape[3] not in (1, 3, 4):
         N, T, _, _ = array.shape
-        if T >= 100 * N > 100:
+        if N >= 10 and T >= 100 * N:
             array = array.swapaxes(0, 1)
         return array[..., None]
     for axis in (4, 1, 2):
@@ -751,6 +764,8 @@ def prepare_array(folder, path):
         if not array.size:
             raise ValueError("it is empty")
         N, T, H, W, C = channels_last(array).shape
+        if max(H, W) > 32 * min(H, W):
+            raise ValueError(f"its frames are {W} x {H}, over 32 times as long as wide")
     except Exception as e:                               # a damaged file can raise anything
         if explain(e):                                   # but that is no fault of the file
             raise
@@ -771,8 +786,15 @@ def probe(path):
         with av.open(os.path.abspath(path)) as container:          # a colon means a protocol
             stream = video_stream(container)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
-            seconds = (container.duration or 0) / av.time_base    # webm and mkv do not count
-            return stream.frames or round(seconds * rate), rate
+            seconds = (container.duration or 0) / av.time_base
+            lasts = stream.metadata.get("DURATION", "")           # webm, mkv: sound can be longer
+            if re.fullmatch(r"\d+:\d+:\d+(\.\d+)?", lasts):
+                hours, minutes, rest = lasts.split(":")
+                seconds = int(hours) * 3600 + int(minutes) * 60 + float(rest)
+            if not stream.frames and rate > 120:                  # the unit of its times, no rate
+                return 0, 0
+            played = round(seconds * rate)                        # without what was trimmed off
+            return min(stream.frames or played, played or stream.frames), rate
     except Exception:                                             # decoding will say what is wrong
         return 0, 0
 
@@ -806,12 +828,13 @@ def count_cached(path, size):
         return 0
     return len(array)
 
-def decode(source, path, size, fps):
+def decode(source, path, size, fps, stop):
     """Decode a source into its cache file.
 
     The frames are written one by one, so a long video needs no memory. Their number is known at
     the end, when the header is written again; numpy leaves room in it for a first axis that grows.
     If a video breaks off, what came before is used, and damage_note() says why it broke off.
+    stop: a threading.Event; once it is set, KeyboardInterrupt is raised.
     """
     count, reason = 0, ""
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -821,6 +844,8 @@ def decode(source, path, size, fps):
         write_header()
         try:
             for frame in read_frames(source.path, size, fps):
+                if stop.is_set():
+                    raise KeyboardInterrupt
                 file.write(frame)
                 count += 1
         except UserError as e:
@@ -874,15 +899,18 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
     missing = [i for i, count in enumerate(counts) if not count]
     if missing:
         estimate_disk(folder, [sources[i].path for i in missing], size, fps, f"{name} {split}")
+        stop = threading.Event()                                  # a long video takes minutes
         with ThreadPoolExecutor(os.cpu_count()) as pool:          # decoders release the GIL
-            jobs = [pool.submit(decode, sources[i], paths[i], size, fps) for i in missing]
+            jobs = [pool.submit(decode, sources[i], paths[i], size, fps, stop) for i in missing]
             try:
                 bar = tqdm(jobs, desc=f"{name} {split}", unit=" videos")
                 for job, i in zip(bar, missing):
                     job.result()
                     counts[i] = count_cached(paths[i], size)
-            finally:
+            except BaseException:
+                stop.set()
                 pool.shutdown(cancel_futures=True)
+                raise
     videos = []
     for source, path, count in zip(sources, paths, counts):
         note = damage_note(path)
@@ -1009,7 +1037,7 @@ class Videos:
         if data not in SETS and self.videos[0].index >= 0:        # an array may be written again
             stat = self.videos[0].path.stat()
             rows += f"{stat.st_size} {stat.st_mtime_ns}"
-        self.fingerprint = hashlib.sha256(rows.encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(os.fsencode(rows)).hexdigest()
 
     def __len__(self):
         return len(self.videos)
@@ -1079,6 +1107,9 @@ def run_main(main):
         stream.reconfigure(errors="backslashreplace")             # names that are no UTF-8
     if RANK:
         sys.stdout = open(os.devnull, "w")                        # process 0 prints for all
+    def interrupt(number, frame):                                 # so that no temporary file stays
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         return main()
     except BaseException as e:
@@ -1182,6 +1213,9 @@ def parse_flags(Config, presets={}, argv=None):
         print(f"  --{name} {flags[name]}   (instead of {values.get(name)})")
     if "data" in flags and flags["data"] not in SETS:             # videos/ and videos are one set
         flags["data"] = os.path.abspath(flags["data"])
+        if flags.get("out") and os.path.realpath(flags["out"]) == os.path.realpath(flags["data"]):
+            parser.error(f"argument --out: {flags['out']} is the folder of the videos, and the "
+                         "previews would become some of them; name another, or one inside it")
     return Config(**{name: flags.get(name, values[name]) for name in defaults})
 
 MAY_BE_ZERO = ("grid",)                                           # though not by default

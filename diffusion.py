@@ -597,7 +597,9 @@ class LatentDiffusion:
 
 def export_model(path, out):
     """Write what sampling needs of a checkpoint to another file, in float16, a fifth as large."""
-    if Path(out).resolve() == Path(path).resolve():
+    if Path(out).suffix != ".pt" or Path(out).is_dir():
+        raise UserError(f"--export {out}: must be a file that ends in .pt")
+    if Path(out).exists() and "opts" in load_checkpoint(out):
         raise UserError(f"--export {out} would replace what training needs: give another name")
     checkpoint = load_stage2(path)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -746,11 +748,13 @@ def load_stage1(cfg, checkpoint, out, device):
     path = Path(cfg.vqgan or out / "vqgan.pt")
     if checkpoint:
         stage1 = checkpoint["vqgan"]
-        step = load_checkpoint(path)["step"] if path.exists() else stage1["step"]
-        if step != stage1["step"]:
-            print(f"note: {path} has now been trained for {step} steps, but this run keeps the "
-                  f"stage 1 that it began with, of {stage1['step']} steps; to use the new one, "
-                  "start anew with --fresh")
+        found = load_checkpoint(path) if path.exists() else stage1
+        old, new = stage1["model"], found["model"]
+        same = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+        if not same:
+            print(f"note: {path}, of {found['step']} steps, is not the stage 1 that this run began "
+                  f"with, of {stage1['step']} steps, and which it keeps; to use the new one, start "
+                  "anew with --fresh")
     else:
         found = load_checkpoint(path)
         stage1 = {key: found[key] for key in ("config", "step", "model")}

@@ -227,6 +227,8 @@ def open_samples(path, frames, size):
     video or folder of frames in it is one clip, resized and cropped to size.
     """
     path = Path(path)
+    if (path / "samples.npy").exists():                      # its previews are no samples
+        raise UserError(f"{path} is the folder of a run: give {path}/samples.npy")
     if path.is_dir():
         return read_folder(path, frames, size)
     try:
@@ -554,7 +556,10 @@ def report_path(cfg):
     elif cfg.floor:
         name = "floor"
     elif cfg.fake:
-        parts = Path(cfg.fake).with_suffix("").parts[-2:]         # other/samples.npy
+        fake = Path(cfg.fake)                                     # other/samples.npy, or a folder
+        if fake.suffix in (".npy", ".npz"):
+            fake = fake.with_suffix("")
+        parts = fake.parts[-2:] or [Path.cwd().name]              # of --fake .: none
         name = "evaluation-" + re.sub(r"[/\\:]", "", "-".join(parts))
     return output_folder(cfg.out or folder) / f"{name}.json"
 

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (IMAGE_SUFFIXES, RANK, WORLD, UserError, can_compile, cast_weights, lock_output,
-                  new_array, output_folder, parse_flags, peak_memory, pick_device, read_frames,
-                  read_video, run_main, run_name, save_grid, start_processes, to_float, to_uint8,
-                  wait_for_all)
+from data import (IMAGE_SUFFIXES, OUTPUT_MARK, RANK, WORLD, UserError, can_compile, cast_weights,
+                  lock_output, new_array, output_folder, parse_flags, peak_memory, pick_device,
+                  read_frames, read_video, run_main, run_name, save_grid, start_processes,
+                  to_float, to_uint8, wait_for_all)
 from diffusion import (DEFAULT_SAMPLER, SAMPLERS, export_model, load_diffusion, noise_stream,
                        reuse_biases)
 from vqgan3d import PatchUp, TimeUp
@@ -82,6 +82,8 @@ def encode_start(model, path, autocast):
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
         clip = read_video(path, size).repeat(frames_per_latent, 0)
     else:
+        if Path(path).is_dir():                                  # frames have no times
+            fps = 0
         last = deque(read_frames(path, size, fps), maxlen=(frames - 1) * stride + 1)
         clip = np.stack(last)[::-stride][::-1]                   # the last frame stays
     n = min(frames, len(clip)) // frames_per_latent * frames_per_latent
@@ -211,7 +213,7 @@ def write_videos(out, samples, labels, classes, cfg):
         save_grid(out / "samples.gif", samples[shown], columns)
     if cfg.mp4:
         ends = {"", *(f"-{name}" for name in classes or [])}
-        for old in (out / "samples").glob("[0-9]*.mp4"):         # of an earlier call
+        for old in output_folder(out / "samples").glob("[0-9]*.mp4"):    # of an earlier call
             if old.stem.lstrip("0123456789") in ends:
                 old.unlink()
         for i in tqdm(range(n), desc="mp4"):
@@ -304,6 +306,10 @@ def main():
 
     began = time.time()
     output_folder(out)
+    folder = out / "samples"
+    if cfg.mp4 and any(folder.glob("*.mp4")) and not (folder / OUTPUT_MARK).exists():
+        raise UserError(f"{folder} holds videos that sample.py did not make, or an older one did: "
+                        "move them away, or give another --out")
     lock = lock_output(out / "samples.npy")                       # kept until main() ends
     temporary = out / "samples.npy.tmp"
     try:

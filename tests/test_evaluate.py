@@ -376,6 +376,18 @@ def test_floor_and_its_folder(score, network):
     assert "videos/0.gif cannot be a folder" in result.err
     assert network.calls == 0
 
+def test_folders_of_samples(score):
+    """The previews of a run scored as its samples; the report of one guidance written over that of
+    another."""
+    assert "give runs/videos/samples.npy" in score("--fake", "runs/videos").err
+    for name in "g1.0", "g1.5":
+        Path(name).mkdir()
+        for i, video in enumerate(np.load("runs/videos/samples.npy")):
+            iio.imwrite(f"{name}/{i}.gif", video, plugin="pillow")
+        assert score("--fake", name).code == 0
+        assert Path(f"runs/videos/evaluation-{name}.json").exists()
+    assert "is the folder of the videos" in score("--out", "videos").err
+
 def test_two_measurements_at_once_are_refused(score):
     """A flag that is ignored without a word."""
     result = score("--floor", "--fake", "x.npy")

@@ -271,7 +271,7 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
 # ---- arrays ----
 
 @pytest.mark.parametrize("shape", [(20, 12, 16, 16, 3), (20, 3, 12, 16, 16), (20, 12, 3, 16, 16),
-                                   (20, 12, 16, 16), (20, 12, 16, 16, 1), (2, 200, 16, 16),
+                                   (20, 12, 16, 16), (20, 12, 16, 16, 1), (10, 1000, 16, 16),
                                    (16, 160, 16, 16)])
 def test_arrays_of_videos(tmp_path, shape):
     """Axes taken for others: frames for videos, channels for frames."""
@@ -281,7 +281,7 @@ def test_arrays_of_videos(tmp_path, shape):
     video = found.videos[0]
     clip = found.window(0, 0)
     expected = {5: array, 4: array[..., None]}[array.ndim]
-    if shape == (2, 200, 16, 16):                                # time first, as in Moving MNIST
+    if shape == (10, 1000, 16, 16):                              # time first, as in Moving MNIST
         expected = expected.swapaxes(0, 1)
     for axis in (1, 2):
         if expected.shape[axis] == 3:
@@ -309,6 +309,35 @@ def test_arrays_are_resized_unpacked_and_refused(tmp_path, monkeypatch):
     np.save(tmp_path / "one.npy", data.toy_videos(1, 16, 64)[0][0])
     with pytest.raises(data.UserError, match="one video alone is saved as array"):
         data.Videos(tmp_path / "one.npy", tmp_path, "train", 16, frames=8)
+
+def test_caches_beside_the_videos_are_no_class(tmp_path, monkeypatch):
+    """The folders that a first command makes inside the set: the second one finds no classes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat/0", "cat/1", "dog/2"):
+        gif(tmp_path / "arch" / f"{name}.gif")
+    for _ in range(2):
+        found = data.Videos(str(tmp_path), "datasets", "train", 16, frames=8)
+        assert found.classes == ["cat", "dog"]
+
+def test_lengths_that_containers_tell(tmp_path):
+    """Sound that goes on, and a clock of 1000 ticks a second: whole videos called damaged."""
+    with av.open(tmp_path / "long_sound.mkv", "w") as container:
+        picture = container.add_stream("mpeg4", rate=8)
+        picture.width = picture.height = 32
+        sound = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for _ in range(16):
+            frame = av.VideoFrame.from_ndarray(grey(9, 32), "rgb24")
+            container.mux(picture.encode(frame))
+        container.mux(picture.encode(None))
+        for k in range(8):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), "s16", "mono")
+            silence.sample_rate = 8000
+            silence.pts = 8000 * k
+            container.mux(sound.encode(silence))
+        container.mux(sound.encode(None))
+    frames_found, rate = data.probe(tmp_path / "long_sound.mkv")
+    assert 15 <= frames_found <= 16
+    assert rate == 8
 
 # ---- our own outputs, links, lists ----
 

@@ -112,7 +112,7 @@ def test_samples_and_their_protocol(stage2, main):
                     checkpoint_step=24)
     assert expected.items() <= protocol.items()
     assert iio.imread("s/samples.gif", plugin="pillow").shape[0] == 8
-    films = sorted(path.name for path in Path("s/samples").iterdir())
+    films = sorted(path.name for path in Path("s/samples").glob("*.mp4"))
     assert films == [f"000{i}-{label}.mp4" for i, label in enumerate(["spin"] * 3 + ["wave"] * 3)]
     assert len(iio.imread("s/samples/0000-spin.mp4", plugin="pyav")) == 8
 
@@ -184,15 +184,19 @@ def test_a_picture_to_start_from(stage2, clips, main):
 def test_a_second_process_and_another_s_videos_do_no_harm(stage2, main):
     """The samples of one command under the settings of another; videos of the user's deleted."""
     flags = ["--checkpoint", stage2.path, "--out", "s", "--steps", 2, "--n", 2, "--mp4"]
-    Path("s/samples").mkdir(parents=True)
-    Path("s/samples/2024-holiday.mp4").touch()
+    holiday = Path("s/samples/2024-holiday.mp4")
+    holiday.parent.mkdir(parents=True)
     lock = data.lock_output(Path("s/samples.npy"))
     result = main(sample, *flags)
     assert "another process is writing s/samples.npy" in result.err
     lock.close()
+    Path("s/samples/0001.mp4").touch()
+    assert "holds videos that sample.py did not make" in main(sample, *flags).err
+    Path("s/samples/0001.mp4").unlink()
     assert main(sample, *flags, "--n", 4).code == 0
+    holiday.touch()
     assert main(sample, *flags).code == 0
-    made = sorted(path.name for path in Path("s/samples").iterdir())
+    made = sorted(path.name for path in Path("s/samples").glob("*.mp4"))
     assert made == ["0000-spin.mp4", "0001-wave.mp4", "2024-holiday.mp4"]
 
 @pytest.mark.parametrize("flags, words", [
@@ -205,6 +209,8 @@ def test_a_second_process_and_another_s_videos_do_no_harm(stage2, main):
     ("--checkpoint good.pt --steps 51", "from 1 to 50"),
     ("--checkpoint good.pt --n -3", "argument --n"),
     ("--checkpoint good.pt --export ./good.pt", "would replace what training needs"),
+    ("--checkpoint good.pt --export vqgan.pt", "would replace what training needs"),
+    ("--checkpoint good.pt --export exports/", "must be a file that ends in .pt"),
     ("--checkpoint vqgan.pt --export small.pt", "vqgan.pt is a stage 1"),
     ("--checkpoint good.pt --frames -1", "argument --frames"),
     ("--checkpoint good.pt --start no.mp4", "cannot read no.mp4"),

@@ -102,6 +102,11 @@ def main():
     test = Videos(args.data, args.data_dir, "test", args.size, args.frames)
     if not train.classes:
         raise UserError(f"--data {args.data} has no classes")
+    for path in args.samples:
+        made = read_settings(path)
+        if made["size"] != args.size or made["classes"] != train.classes:
+            raise UserError(f"{path} was made with --size {made['size']} and the classes "
+                            f"{made['classes']}, not {args.size} and {train.classes}")
 
     classifier = train_classifier(train, args.steps)
     clips, labels = test.fixed(16 * len(test))
