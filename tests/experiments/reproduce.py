@@ -34,7 +34,7 @@ SKY = {
                  "--steps 4500 --eval_every 500 --eval_clips 12",
                  "--predict v --width 48 --blocks 1 --full_attention_tokens 256 --head_dim 48 "
                  "--batch_size 8 --grad_accum_steps 1 --lr 4e-3 --ema 0.995 --num_latents 578 "
-                 "--steps 1200 --eval_every 300", 128),
+                 "--steps 2000 --eval_every 300", 128),
     "gpu": Flags("--perceptual 0.03 --batch_size 16 --steps 5000 --eval_every 500",
                  "--predict v --steps 20000 --num_latents 578 --ema 0.999 --eval_every 2000", 2048),
 }
@@ -42,8 +42,8 @@ ACTIONS = {
     "cpu": Flags("--size 64 --width 32 --codes 2048 --perceptual 0.02 --disc_width 16 --lr 3e-3 "
                  "--batch_size 4 --steps 800 --eval_every 200 --eval_clips 24",
                  "--predict v --width 48 --blocks 1 --full_attention_tokens 256 --head_dim 48 "
-                 "--batch_size 16 --lr 4e-3 --ema 0.995 --num_latents 2880 --steps 2000 "
-                 "--noise_shift 1 --eval_every 500", 256),
+                 "--batch_size 16 --grad_accum_steps 1 --lr 4e-3 --ema 0.995 --num_latents 2880 "
+                 "--noise_shift 2 --steps 2000 --eval_every 400", 256),
     "gpu": Flags("--size 64 --perceptual 0.02 --batch_size 16 --steps 4000 --eval_every 500",
                  "--predict v --noise_shift 2 --steps 15000 --num_latents 2880 --ema 0.999 "
                  "--eval_every 2000", 2048),
