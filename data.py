@@ -437,8 +437,10 @@ def holds_only_outputs(folder):
     """Is it a folder of these scripts, or one around them, without videos?"""
     if (folder / OUTPUT_MARK).exists():
         return True
-    sources, remarks = find_sources(folder)
-    return not sources and any(kind == "output of these scripts" for _, kind, _ in remarks)
+    if not any(folder.glob(f"*/{OUTPUT_MARK}")):
+        return False
+    sources, _ = find_sources(folder)
+    return not sources
 
 def list_folder(data, split):
     """Any folder: its splits, if it has folders for them, and first-level folders as classes."""
@@ -869,8 +871,8 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
     """Decode one split into the cache, if it is not there yet.
 
     Returns (list of Video, without labels; classes, or None; whether the videos are still to be
-    divided into train and test). What cannot be read is counted and named. frames: how
-    many the toy has.
+    divided into train and test). What cannot be read is counted and named. frames: how many the
+    toy has.
 
     The cache holds one .npy file a video, written under another name and then renamed: a file that
     exists is a finished one. So an interrupted preparation goes on, several processes may prepare
