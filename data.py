@@ -30,7 +30,6 @@ import sys
 import threading
 import time
 import traceback
-import urllib.error
 import urllib.request
 import warnings
 import zipfile
@@ -97,7 +96,7 @@ def to_uint8(x):
     x = x.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
     return x.cpu().numpy()
 
-def save_grid(path, videos, columns=0, fps=8, zoom=0):
+def save_grid(path, videos, columns=0, zoom=0):
     """Write uint8 videos (N, T, H, W, 3) side by side as a looping GIF, or an mp4 if path ends so.
 
     columns 0: nearly as many as rows. zoom 0: small videos are enlarged.
@@ -106,7 +105,8 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
     columns = columns or math.ceil(math.sqrt(N))
     rows = math.ceil(N / columns)
     if not zoom:
-        zoom = max(1, min(192 // H, 960 // (columns * W), 1200 // (rows * H)))
+        fits = min(960 // (columns * W), 1200 // (rows * H))      # the whole picture
+        zoom = max(1, min(192 // H, fits))
     empty = rows * columns - N
     margin = (0, empty), (0, 0), (0, 1), (0, 1), (0, 0)           # a white line after each video
     tiles = np.pad(videos, margin, constant_values=255)
@@ -122,12 +122,11 @@ def save_grid(path, videos, columns=0, fps=8, zoom=0):
     if path.suffix == ".mp4":
         _, H, W, _ = grid.shape                                   # H.264 needs even sides
         grid = np.pad(grid, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")
-        options = dict(plugin="pyav", codec="libx264", fps=fps)
+        options = dict(plugin="pyav", codec="libx264", fps=8)
     else:
-        options = dict(plugin="pillow", duration=1000 // fps, loop=0)
-    encoded = iio.imwrite("<bytes>", grid, extension=path.suffix, **options)
+        options = dict(plugin="pillow", duration=125, loop=0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded)
+    path.write_bytes(iio.imwrite("<bytes>", grid, extension=path.suffix, **options))
 
 # --------------------------------------------------------------------------------------------------
 # the toy set
@@ -166,17 +165,18 @@ def toy_videos(n, frames=16, size=32, seed=0):
     rng = np.random.default_rng(seed)
     labels = toy_labels(n, rng)
     videos = np.empty((n, frames, size, size, 3), np.uint8)
-    y, x = np.mgrid[:size, :size].astype(np.float32)                        # (H, W)
+    y, x = np.mgrid[:size, :size]                                           # (H, W)
     for i, label in enumerate(labels):
         shape = TOY_SHAPES[label // 4]
         motion = list(TOY_MOTIONS.values())[label % 4]
         hue = (rng.uniform(0, 6) + np.array([0, 4, 2])) % 6                 # HSV, full value
         colour = np.clip(np.abs(hue - 3) - 1, 0.15, 1)                      # (3,)
-        ground = rng.uniform(0.05, 0.45, (2, 3))                            # at the two ends
+        first, last = rng.uniform(0.05, 0.45, (2, 3))                       # the ground's ends
         angle = rng.uniform(0, 2 * np.pi)
         across, down = x / size - 0.5, y / size - 0.5
-        ramp = 0.5 + (np.cos(angle) * across + np.sin(angle) * down) / np.sqrt(2)
-        ground = ground[0] + (ground[1] - ground[0]) * ramp[..., None]      # (H, W, 3)
+        along = np.cos(angle) * across + np.sin(angle) * down               # from the centre
+        ramp = 0.5 + along / np.sqrt(2)                                     # 0 to 1
+        ground = first + (last - first) * ramp[..., None]                   # (H, W, 3)
         radius = size * rng.uniform(0.21, 0.25)
         speed = size / 32                                                   # pixels a frame
         anywhere = rng.uniform(0, 1, 2)
@@ -196,14 +196,12 @@ def prepare_toy(folder, split, frames, size):
     n, seed = TOY_SPLITS[split]
     path = folder / f"toy7-{split}-{frames}x{size}.npy"           # 7: version of the drawing
     chunks = range(0, n, 256)
-    array = open_array(path, np.uint8)
-    if array is None or array.shape != (n, frames, size, size, 3):
+    if open_array(path, np.uint8) is None:
         check_disk(folder, n * frames * size * size * 3, f"toy {split}")
         with replacing(path) as temporary:
             array = new_array(temporary, np.uint8, (n, frames, size, size, 3))
             for i in tqdm(chunks, desc=f"toy {split}", unit_scale=256, unit=" clips"):
-                drawn, _ = toy_videos(256, frames, size, seed=(seed, i))
-                array[i:i + 256] = drawn
+                array[i:i + 256], _ = toy_videos(256, frames, size, seed=(seed, i))
             array.flush()
             del array
     videos = []
@@ -227,7 +225,7 @@ class Listing(NamedTuple):
     sources: list    # of Source, in natural order of their names
     remarks: list    # of Remark
     classes: list    # names, []: no classes; None: take those of the training videos
-    needs_split: bool    # are there no splits yet?
+    needs_split: bool = False    # are there no splits yet?
 
 class Remark(NamedTuple):
     """What there is to say about a video. Those of a kind are counted and printed together."""
@@ -256,61 +254,61 @@ def natural_key(path):
 
 def list_folder_entries(folder):
     """(files, folders) in natural order, without hidden ones (.DS_Store, ._1.jpg, __MACOSX)"""
-    files, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.startswith((".", "__MACOSX")):
-                path = Path(entry.path)
-                if entry.is_dir():
-                    folders.append(path)
-                else:
-                    files.append(path)
-    return sorted(files, key=natural_key), sorted(folders, key=natural_key)
+    paths = [p for p in Path(folder).iterdir() if not p.name.startswith((".", "__MACOSX"))]
+    paths.sort(key=natural_key)
+    folders = [p for p in paths if p.is_dir()]
+    files = [p for p in paths if not p.is_dir()]
+    return files, folders
 
 def list_frames(folder):
     """The frames in a folder, in natural order."""
     files, _ = list_folder_entries(folder)
-    frames = [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
-    return sorted(frames, key=lambda f: natural_key(f.name.casefold()))
+    return [f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.is_file()]
 
 def check_frames(files):
-    """Do these frames make one video? ValueError if their names belong to several. -> the frame
-    after which others are missing, or "".
+    """Do these frames make one video? ValueError if they seem to be several, or if their order is
+    not clear. -> the frame after which others are missing, or "".
 
     All names of a video follow one pattern. If several numbers change, as in c01_0001 and c02_0001,
     and the last one falls, there are several videos, unless the numbers are times.
     """
     if not files:
         return ""
-    patterns = {}
-    for file in files:
-        patterns.setdefault(re.sub(r"\d+", "#", file.name.lower()), file.name)
-    first, second = [*patterns.values(), ""][:2]                  # second: "" if all are alike
-    if not second:
-        numbers = [re.findall(r"\d+", file.stem) for file in files]
-        if len({len(row[-1]) for row in numbers if row}) > 1:     # perhaps 0.5, 0.75
-            numbers = [re.findall(r"\d+(?:\.\d+)?", file.stem) for file in files]
-        numbers = np.array(numbers, float)                        # (frames, numbers)
-        changing = numbers[:, (numbers != numbers[0]).any(0)]
-        last = changing[:, -1] if changing.size else np.arange(len(files))
-        step = np.diff(last)
-        falls = np.flatnonzero(step <= 0)
-        if len(falls) and changing.shape[1] == 1:                 # 1.1 and 1.10, or 1 and 01
+    mixed = "{} and {} seem to be of two videos: put each into a folder of its own"
+    patterns = {re.sub(r"\d+", "#", f.name.lower()): f.name for f in reversed(files)}
+    if len(patterns) > 1:
+        raise ValueError(mixed.format(*list(patterns.values())[:2]))
+    numbers = changing_numbers(files)                             # (frames, numbers)
+    if not numbers.size:                                          # one frame
+        return ""
+    last = numbers[:, -1]
+    step = np.diff(last)
+    falls = np.flatnonzero(step <= 0)
+    if numbers.shape[1] == 1:
+        if len(falls):                                            # 1.1 and 1.10, or 1 and 01
             raise ValueError(f"the order of {files[falls[0]].name} and {files[falls[0] + 1].name} "
                              "is not clear: write all numbers with as many digits")
-        if len(falls) and not are_times(last, falls):
-            second = files[falls[0] + 1].name
-        elif changing.shape[1] == 1 and step.max() > 1.5 * step.min():
+        if step.max() > 1.5 * step.min():
             return files[step.argmax()].name
-    if second:
-        raise ValueError(f"{first} and {second} seem to be of two videos: put each into a folder "
-                         "of its own")
+    elif len(falls) and not are_times(last, falls):
+        raise ValueError(mixed.format(files[0].name, files[falls[0] + 1].name))
     return ""
 
+def changing_numbers(files):
+    """The numbers in names of one pattern, without those that never change: (frames, numbers)"""
+    numbers = [re.findall(r"\d+", file.stem) for file in files]
+    if len({len(row[-1]) for row in numbers if row}) > 1:         # perhaps 0.5, 0.75
+        numbers = [re.findall(r"\d+(?:\.\d+)?", file.stem) for file in files]
+    numbers = np.array(numbers, float)
+    return numbers[:, (numbers != numbers[0]).any(0)]
+
 def are_times(last, falls):
-    """Are numbers that fall after these positions the last ones of dates and times? Those of a
-    second video would begin anew in the same way, often at 0 or 1. Seconds 55 and 0 fall by 55,
-    which 60 makes a step of 5: times."""
+    """Are these the last numbers of dates or times? last: one a frame; falls: where it falls next.
+
+    A second video usually counts again as the first did: no times. Seconds go from 55 to 0, a fall
+    of 55, and with the unit 60 that is a step of 5. So they are times if for every fall there is a
+    unit that makes it a step of at most twice the longest.
+    """
     steps = np.diff(last)
     longest = steps.max()
     runs = np.split(last, falls + 1)
@@ -329,14 +327,15 @@ def find_sources(root):
     """
     root = Path(root)
     sources, remarks, seen = [], [], set()
+    def remark(path, kind, detail=""):
+        remarks.append(Remark(str(path.relative_to(root)), kind, detail))
     def visit(folder):
-        name = str(folder.relative_to(root))
         if folder.resolve() in seen:
-            remarks.append(Remark(name, "link to a folder that was seen already"))
+            remark(folder, "link to a folder that was seen already")
             return
         seen.add(folder.resolve())
         if folder != root and (folder / OUTPUT_MARK).exists():
-            remarks.append(Remark(name, "output of these scripts"))
+            remark(folder, "output of these scripts")
             return
         files, folders = list_folder_entries(folder)
         before = len(sources)
@@ -346,25 +345,25 @@ def find_sources(root):
         for file in files:
             suffix = file.suffix.lower()
             if not file.is_file():
-                remarks.append(Remark(str(file.relative_to(root)), "link to nothing"))
+                remark(file, "link to nothing")
             elif suffix in IMAGE_SUFFIXES:
                 frames.append(file)
             elif suffix in VIDEO_SUFFIXES:
                 sources.append(file)
             else:
-                remarks.append(Remark(str(file.relative_to(root)), "not a video or image"))
+                remark(file, "not a video or image")
         if frames and len(sources) > before:
-            remarks.append(Remark(name, "pictures beside videos"))
+            remark(folder, "pictures beside videos")
         elif frames:
             try:
-                gap = check_frames(list_frames(folder))
+                gap = check_frames(frames)
                 if gap:
-                    remarks.append(Remark(name, "used, though frames are missing", f"after {gap}"))
+                    remark(folder, "used, though frames are missing", f"after {gap}")
                 sources.append(folder)
             except ValueError as e:
-                remarks.append(Remark(name, "mixed sequences of frames", str(e)))
+                remark(folder, "mixed sequences of frames", str(e))
         elif not files and not folders:
-            remarks.append(Remark(name, "empty folder"))
+            remark(folder, "empty folder")
     if root.is_dir():
         visit(root)
     return sorted(sources, key=natural_key), remarks
@@ -373,44 +372,39 @@ def list_sky(data_dir, split):
     root = Path(data_dir) / "sky_timelapse" / f"sky_{split}"
     paths, remarks = find_sources(root)
     sources = [Source(p, f"sky_{split}/{p.relative_to(root)}", "") for p in paths]
-    return Listing(sources, remarks, classes=[], needs_split=False)
+    return Listing(sources, remarks, classes=[])
 
 def list_ucf101(data_dir, split):
     """UCF-101 by its official lists. Test lists carry no labels, so the folder tells the class.
 
-    Folders are compared without case: files of HandstandPushups are called v_HandStandPushups_*.
+    Folders and classes are compared without case: HandstandPushups is spelt in two ways.
     """
     root, lists = Path(data_dir) / "UCF-101", Path(data_dir) / "ucfTrainTestlist"
     class_list, split_list = lists / "classInd.txt", lists / f"{split}list01.txt"
     if not class_list.is_file() or not split_list.is_file():
-        return Listing([], [], classes=None, needs_split=False)
-    numbered = {}
-    for line in read_lines(class_list):
-        words = line.split()                                      # "1 ApplyEyeMakeup"
-        if len(words) != 2 or not words[0].isdigit():
-            raise UserError(f"{class_list} must hold lines of a number and a class, not {line!r}: "
-                            f"fetch the split lists again. {expected('ucf101', data_dir)}")
-        numbered[int(words[0])] = words[1]
-    classes = [numbered[number] for number in sorted(numbered)]
+        return Listing([], [], classes=None)
+    classes = find_in_lines(r"^\d+ +(\S+)\s*$", class_list)        # "1 ApplyEyeMakeup"
+    if not classes:
+        raise UserError(f"{class_list} must hold lines of a number and a class: fetch the split "
+                        f"lists again. {expected('ucf101', data_dir)}")
     class_of = {name.lower(): name for name in classes}
     sources, remarks = [], []
-    for line in read_lines(split_list):                           # "Bend/v_Bend_g01_c01.avi 1"
-        name = line.replace("\\", "/").split()[0]
+    for name in find_in_lines(r"^\S+", split_list):               # "Bend/v_Bend_g01_c01.avi 1"
         label = class_of.get(name.split("/")[0].lower())
         if label is None or ".." in Path(name).parts or not (root / name).is_file():
             remarks.append(Remark(name, "listed, but not there"))
         else:
             sources.append(Source(root / name, name, label))
-    return Listing(sources, remarks, classes, needs_split=False)
+    return Listing(sources, remarks, classes)
 
-def read_lines(path):
-    """The lines of a text file that are not empty, without a byte-order mark."""
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    return [line for line in lines if line.strip()]
+def find_in_lines(pattern, path):
+    """What a regular expression finds in the lines of a text file, which may come from Windows."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    return re.findall(pattern, text.replace("\\", "/"), re.MULTILINE)
 
-SPLIT_NAMES = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "val", "valid", "validation"),
+SPLIT_NAMES = {                          # names of folders; of a split, the first has precedence
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test", "val": "test", "valid": "test", "validation": "test",
 }
 
 def split_folders(root):
@@ -418,10 +412,9 @@ def split_folders(root):
     _, folders = list_folder_entries(root)
     by_name = {folder.name.lower(): folder for folder in folders}
     found = {}
-    for split, names in SPLIT_NAMES.items():
-        for name in reversed(names):                              # the first one has precedence
-            if name in by_name:
-                found[split] = by_name[name]
+    for name, split in SPLIT_NAMES.items():
+        if name in by_name:
+            found.setdefault(split, by_name[name])
     if len(found) == 1:
         folder, = found.values()
         print(f"note: {root} has a folder {folder.name}, but not one for train and one for test: "
@@ -460,17 +453,20 @@ def list_folder(data, split):
     root = splits.get(split, root)
     paths, remarks = find_sources(root)
     names = [p.relative_to(root).as_posix() for p in paths]
-    labels = [name.split("/")[0] if "/" in name else "" for name in names]
-    decides = split == "train" or not splits             # a test split has the classes of train
-    if decides and ("" in labels or len(set(labels)) < 2):
-        print(f"no classes in {root}: that takes two folders of videos, and no video outside")
-        labels = [""] * len(names)
+    labels = []
+    for name in names:
+        first, slash, _ = name.partition("/")
+        labels.append(first if slash else "")
+    if split == "train" or not splits:                   # a test split has the classes of train
+        if "" in labels or len(set(labels)) < 2:
+            print(f"no classes in {root}: that takes two folders of videos, and no video outside")
+            labels = [""] * len(names)
     if splits:
         names = [f"{split}/{name}" for name in names]
     else:
-        split_names = {*SPLIT_NAMES["train"], *SPLIT_NAMES["test"]}
         for name in names:
-            if split_names & set(re.split("[/_-]", os.path.dirname(name).lower())):
+            words = re.split("[/_-]", os.path.dirname(name).lower())
+            if SPLIT_NAMES.keys() & words:
                 print(f"note: {name} looks like a part of a split, but {root} has no folders train "
                       "and test: a tenth of all videos is held out")
                 break
@@ -497,11 +493,12 @@ UNPACK = [                               # a member of an archive, and where it 
     (r"(.*/)?(v_HandStandPushups_.+\.avi)", r"UCF-101/HandstandPushups/\2"),    # as in the lists
     (r"(.*/)?(v_(\w+)_g\d+_c\d+\.avi)", r"UCF-101/\3/\2"),
     (r"(.*/)?((classInd|trainlist\d+|testlist\d+)\.txt)", r"ucfTrainTestlist/\2"),
-    (r"(.*/)?(sky_(train|test)/.+)", r"sky_timelapse/\2"),
+    (r"(.*/)?(sky_(train|test)/.+[^/])", r"sky_timelapse/\2"),
 ]
 
 def download(data, data_dir):
-    """Fetch the archives of a set into data_dir, verify them, unpack what belongs to the set."""
+    """Fetch the archives of a set into data_dir, verify those of UCF-101 by their hashes and all by
+    the checksums inside, unpack what belongs to the set."""
     if data not in DOWNLOADS:
         raise UserError(f"--download is for --data {' and '.join(DOWNLOADS)}")
     folder = Path(data_dir)
@@ -530,21 +527,25 @@ def fetch(url, path, sha256):
             with open(part, "ab") as file, tqdm.wrapattr(response, "read", **bar) as body:
                 file.truncate(done)
                 shutil.copyfileobj(body, file)
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as e:
+    except (OSError, http.client.HTTPException) as e:
         raise UserError(f"cannot fetch {url}: {first_line(e)}. The same command goes on from here; "
                         f"or put the file at {path} yourself")
     if part.stat().st_size < total:
         raise UserError(f"{url} broke off after {part.stat().st_size} of {total} bytes: the same "
                         "command goes on from here")
+    if sha256:
+        check_hash(part, url, sha256)
+    part.replace(path)
+
+def check_hash(path, url, sha256):
     digest = hashlib.sha256()
-    with open(part, "rb") as file:
+    with open(path, "rb") as file:
         while block := file.read(2 ** 20):
             digest.update(block)
-    if sha256 and digest.hexdigest() != sha256:
-        part.unlink()
+    if digest.hexdigest() != sha256:
+        path.unlink()
         raise UserError(f"{url} is not the file that it was: its sha256 is {digest.hexdigest()}, "
                         f"not {sha256}. It was deleted; try again, or look for another copy")
-    part.replace(path)
 
 def unpack(archive, folder):
     """Unpack the members of a zip archive that belong to a set; their CRCs are checked."""
@@ -556,12 +557,11 @@ def unpack(archive, folder):
                                     "folder; delete it and look for another copy")
                 for pattern, place in UNPACK:
                     match = re.fullmatch(pattern, member.filename)
-                    if match and not member.is_dir():
+                    if match:
                         target = folder / match.expand(place)
                         target.parent.mkdir(parents=True, exist_ok=True)
                         with replacing(target) as temporary:
-                            with file.open(member) as source, open(temporary, "wb") as copy:
-                                shutil.copyfileobj(source, copy)
+                            temporary.write_bytes(file.read(member))      # checks the CRC
                         break
     except (zipfile.BadZipFile, EOFError, zlib.error) as e:
         raise UserError(f"{archive} is damaged ({first_line(e)}): delete it, then run the same "
@@ -630,15 +630,14 @@ def read_picture(path):
     """
     try:
         with iio.imopen(path, "r", plugin="pillow") as file:
-            meta = file.metadata(index=0)
-            if meta["mode"].startswith("I"):                      # 16 bits
+            if file.metadata(index=0)["mode"].startswith("I"):    # 16 bits
                 grey = file.read(index=0, rotate=True) // 257
                 image = grey.astype(np.uint8)[..., None].repeat(3, -1)
-            elif meta["mode"] in ("RGBA", "LA", "PA") or "transparency" in meta:
-                image = on_black(file.read(index=0, mode="RGBA", rotate=True))
             else:
-                image = file.read(index=0, mode="RGB", rotate=True)
+                image = on_black(file.read(index=0, mode="RGBA", rotate=True))
             return Frame(image, 1.0, None)
+    except MemoryError:                                           # no fault of the file
+        raise
     except Exception as e:
         raise ValueError(f"{path.name}: {first_line(e)}")
 
@@ -652,8 +651,10 @@ def read_gif(path):
 
 def on_black(frame):
     """uint8 (H, W, 4), red, green, blue and alpha, over black -> (H, W, 3)"""
-    alpha = frame[..., 3:] / 255
-    return np.rint(frame[..., :3] * alpha).astype(np.uint8)
+    rgb, alpha = frame[..., :3], frame[..., 3:]
+    if alpha.min() == 255:                                # opaque, as most are: 15 times faster
+        return rgb
+    return np.rint(rgb * (alpha / 255)).astype(np.uint8)
 
 def read_video_file(path):
     """Yield each Frame of a video, turned and mirrored as the file says."""
@@ -664,8 +665,9 @@ def read_video_file(path):
         for frame in container.decode(stream):
             image = frame.to_ndarray(format="rgb24")
             aspect = float(stream.sample_aspect_ratio or 1)
-            matrix = display_matrix(frame)                        # x' = a x + c y, y' = b x + d y
-            if matrix is not None:
+            data = frame.side_data.get("DISPLAYMATRIX")
+            if data is not None:                                  # x' = a x + c y, y' = b x + d y
+                matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536
                 (a, b), (c, d) = np.sign(np.round(matrix, 3)).astype(int)
                 if abs(a) == abs(b) or abs(a) != abs(d):
                     raise ValueError("it is turned by an angle other than 90, 180 or 270 degrees")
@@ -682,13 +684,6 @@ def video_stream(container):
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
     raise ValueError("no video stream in it")
-
-def display_matrix(frame):
-    """How a player has to turn the frame: float (2, 2), or None"""
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return None
-    return np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536
 
 def read_video(path, size, fps=0):
     """All that read_frames() yields: uint8 (T, size, size, 3)"""
@@ -730,7 +725,9 @@ class Video(NamedTuple):
             array = np.load(self.path, mmap_mode="r")
         except FileNotFoundError:
             raise UserError(f"{self.path} is gone: run the same command again")
-        return array if self.index < 0 else channels_last(array)[self.index]
+        if self.index >= 0:
+            array = channels_last(array)[self.index]
+        return array
 
 def channels_last(array):
     """View an array of videos as (N, T, H, W, C); ValueError if its axes cannot be told apart.
@@ -789,10 +786,10 @@ def probe(path):
             stream = video_stream(container)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             seconds = (container.duration or 0) / av.time_base
-            lasts = stream.metadata.get("DURATION", "")           # webm, mkv: sound can be longer
-            if re.fullmatch(r"\d+:\d+:\d+(\.\d+)?", lasts):
-                hours, minutes, rest = lasts.split(":")
-                seconds = int(hours) * 3600 + int(minutes) * 60 + float(rest)
+            lasts = stream.metadata.get("DURATION")               # webm, mkv: sound can be longer
+            if lasts:
+                hours, minutes, rest = map(float, lasts.split(":"))
+                seconds = 3600 * hours + 60 * minutes + rest
             if not stream.frames and rate > 120:                  # the unit of its times, no rate
                 return 0, 0
             played = round(seconds * rate)                        # without what was trimmed off
@@ -804,32 +801,28 @@ def probe(path):
 def cache_folder(data, data_dir):
     """<data_dir>/cache, or runs/<data>/cache where the data folder cannot be written."""
     try:
-        folder = output_folder(Path(data_dir) / "cache")
-        if os.access(folder, os.W_OK):
-            return folder
+        return output_folder(Path(data_dir) / "cache")
     except OSError:
-        pass
-    return output_folder(Path("runs") / run_name(data) / "cache")
+        return output_folder(Path("runs") / run_name(data) / "cache")
 
 def cache_path(folder, source, size, fps):
-    """The cache file of a source. Its name holds all that determines its content: the path inside
-    the set, names and total size of its files, time of the last change, pixels a side, frame
-    rate."""
+    """The cache file of a source. Its name has a hash of all that determines its content: the path
+    inside the set; name, size and time of change of each file; pixels a side; frame rate."""
     files = list_frames(source.path) if source.path.is_dir() else [source.path]
-    stats = [f.stat() for f in files]
-    total = sum(s.st_size for s in stats)
-    newest = max(s.st_mtime_ns for s in stats)
-    names = "/".join(f.name for f in files)
-    key = f"{source.name}|{names}|{total}|{newest}|{size}|{fps}"
-    digest = hashlib.sha256(os.fsencode(key)).hexdigest()[:16]
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '_', source.path.stem)[-40:]}-{size}-{digest}.npy"
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = f"{source.name}|{stats}|{size}|{fps}"
+    digest = text_hash(key)[:16]
+    title = re.sub(r"[^A-Za-z0-9]+", "_", source.path.stem)[-40:]
+    return folder / f"{title}-{size}-{digest}.npy"
 
-def count_cached(path, size):
+def text_hash(text):
+    """The hash of a text, in which file names need not be UTF-8: 64 hexadecimal digits"""
+    return hashlib.sha256(os.fsencode(text)).hexdigest()
+
+def count_cached(path):
     """How many frames a cache file holds; 0 if it is absent or damaged."""
     array = open_array(path, np.uint8)
-    if array is None or array.shape[1:] != (size, size, 3):
-        return 0
-    return len(array)
+    return 0 if array is None else len(array)
 
 def decode(source, path, size, fps, stop):
     """Decode a source into its cache file.
@@ -863,6 +856,7 @@ def decode(source, path, size, fps, stop):
             damage_note(path).write_text(reason, errors="backslashreplace")
         else:
             damage_note(path).unlink(missing_ok=True)
+    return count
 
 def damage_note(path):
     """The file beside a cache file that says why its video could not be decoded to the end."""
@@ -871,9 +865,9 @@ def damage_note(path):
 def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0):
     """Decode one split into the cache, if it is not there yet.
 
-    Returns (list of Video, without labels; classes, or None; whether the videos are still to be
-    divided into train and test). What cannot be read is counted and named. frames: how many the
-    toy has.
+    Returns (list of Video, without labels; classes, or None for those of the training videos;
+    whether the videos are still to be divided into train and test). What cannot be read is counted
+    and named. frames: how many the toy has.
 
     The cache holds one .npy file a video, written under another name and then renamed: a file that
     exists is a finished one. So an interrupted preparation goes on, several processes may prepare
@@ -889,34 +883,29 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
         return prepare_toy(folder, split, frames, size), TOY_CLASSES, False
     if is_array:
         return prepare_array(folder, Path(data)), None, True
-    if data not in SETS:                                          # folders of one name differ
-        root = os.path.realpath(data)
-        name += "-" + hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
     folder = folder / name
     folder.mkdir(exist_ok=True)
     listing = list_sources(data, data_dir, split)
-    sources = [*dict.fromkeys(listing.sources)]                   # a list may name a video twice
     remarks = listing.remarks
-    paths = [cache_path(folder, source, size, fps) for source in sources]
-    counts = [count_cached(path, size) for path in paths]
-    missing = [i for i, count in enumerate(counts) if not count]
+    paths = {source: cache_path(folder, source, size, fps) for source in listing.sources}
+    counts = {source: count_cached(path) for source, path in paths.items()}
+    missing = [source for source, count in counts.items() if not count]
     if missing:
-        estimate_disk(folder, [sources[i].path for i in missing], size, fps, f"{name} {split}")
+        estimate_disk(folder, [source.path for source in missing], size, fps, f"{name} {split}")
         stop = threading.Event()                                  # a long video takes minutes
         with ThreadPoolExecutor(os.cpu_count()) as pool:          # decoders release the GIL
-            jobs = [pool.submit(decode, sources[i], paths[i], size, fps, stop) for i in missing]
+            jobs = [pool.submit(decode, s, paths[s], size, fps, stop) for s in missing]
             try:
                 bar = tqdm(jobs, desc=f"{name} {split}", unit=" videos")
-                for job, i in zip(bar, missing):
-                    job.result()
-                    counts[i] = count_cached(paths[i], size)
+                for job, source in zip(bar, missing):
+                    counts[source] = job.result()
             except BaseException:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
     videos = []
-    for source, path, count in zip(sources, paths, counts):
-        note = damage_note(path)
+    for source, path in paths.items():
+        count, note = counts[source], damage_note(path)
         if note.exists():
             kind, detail = "unreadable", note.read_text(errors="replace")
             if count:
@@ -934,11 +923,14 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
 def estimate_disk(folder, paths, size, fps, title):
     """check_disk() for videos that are to be decoded, from at most 64 of them; prints their frame
     rates."""
-    some = [probe(path) for path in paths[::math.ceil(len(paths) / 64)]]
+    every = math.ceil(len(paths) / 64)
+    some = [probe(path) for path in paths[::every]]
     rates = [rate for _, rate in some if rate]
     total = 0
-    for frames, rate in some:
-        total += frames * fps / rate if fps and rate else frames
+    for count, rate in some:
+        if fps and rate:
+            count *= fps / rate
+        total += count
     if rates:
         slowest, fastest = min(rates), max(rates)
         span = f"{slowest:.4g} to " if slowest < fastest else ""
@@ -973,16 +965,13 @@ def print_remarks(title, remarks):
 def hold_out(videos, split):
     """Train or test part of a set that has no splits of its own.
 
-    A tenth is held out, chosen by a hash of each name, so that adding a video moves no other. In a
-    small set at least the one with the lowest hash is held out, and never that with the highest; a
-    single video is both.
+    About a tenth is held out, chosen by a hash of each name, so that adding a video moves no other.
+    In a small set no hash may be below a tenth: then the lowest is held out, and a new video can
+    take its place. The highest is never held out. A single video is in both parts.
     """
-    def fraction(video):
-        digest = hashlib.sha256(os.fsencode(video.name)).digest()
-        return int.from_bytes(digest[:4], "big") / 2 ** 32
     if len(videos) < 2:
         return videos
-    fractions = [fraction(v) for v in videos]
+    fractions = [int(text_hash(v.name)[:8], 16) / 2 ** 32 for v in videos]      # in [0, 1)
     limit = max(0.1, min(fractions) + 1e-9)                       # the lowest is always held out,
     limit = min(limit, max(fractions))                            # the highest never
     return [v for v, f in zip(videos, fractions) if (f < limit) == (split == "test")]
@@ -1007,13 +996,9 @@ class Videos:
         self.flip, self.crop = flip, crop or size
         self.span = (frames - 1) * stride + 1                     # frames from first to last
         found, classes, needs_split = prepare(data, data_dir, split, size, frames * stride, fps)
-        usable, remarks = [], []
-        for v in found:
-            if v.frames >= self.span:
-                usable.append(v)
-            else:
-                count = f"{v.frames} of {self.span} frames"
-                remarks.append(Remark(v.name, "too short", count))
+        usable = [v for v in found if v.frames >= self.span]
+        remarks = [Remark(v.name, "too short", f"{v.frames} of {self.span} frames")
+                   for v in found if v.frames < self.span]
         videos = hold_out(usable, split) if needs_split else usable
         if classes is None:                                       # those of the training videos
             if split == "train":
@@ -1030,8 +1015,7 @@ class Videos:
         self.videos = [v._replace(label=label_of.get(v.class_name, -1)) for v in videos]
         for v in self.videos:
             if classes and v.label < 0:
-                reason = "no such class in the train split"
-                remarks.append(Remark(v.name, "used without a label", reason))
+                remarks.append(Remark(v.name, "used without a label, as train has no such class"))
         print_remarks(f"{run_name(data)} {split}", remarks)
         if not self.videos:
             raise UserError(f"no video of --data {data} ({split} split) has the {self.span} frames "
@@ -1040,7 +1024,7 @@ class Videos:
         if data not in SETS and self.videos[0].index >= 0:        # an array may be written again
             stat = self.videos[0].path.stat()
             rows += f"{stat.st_size} {stat.st_mtime_ns}"
-        self.fingerprint = hashlib.sha256(os.fsencode(rows)).hexdigest()
+        self.fingerprint = text_hash(rows)
 
     def __len__(self):
         return len(self.videos)
@@ -1084,16 +1068,23 @@ class Videos:
         among = np.arange(len(self)) if among is None else among
         rounds = [rng.permutation(among) for _ in range(math.ceil(n / len(among)))]
         order = np.concatenate(rounds)[:n]
-        return [(i, int(rng.integers(self.num_windows(i)))) for i in order.tolist()]
+        windows = []
+        for i in order.tolist():
+            start = int(rng.integers(self.num_windows(i)))
+            windows.append((i, start))
+        return windows
 
     def fixed(self, n):
         """As batch(), but the same n windows every time, spread evenly over the videos."""
         clips, labels = [], []
         for k in range(n):
-            i = k * len(self) // n if n <= len(self) else k % len(self)
+            if n <= len(self):
+                i = k * len(self) // n
+            else:
+                i = k % len(self)                                 # all once, then all again
             last_round = max(1, (n - 1) // len(self))             # counted from 0
             start = (self.num_windows(i) - 1) * (k // len(self)) // last_round
-            clips.append(np.array(self.window(i, start)))         # a copy, not a map of the file
+            clips.append(self.window(i, start))
             labels.append(self.videos[i].label)
         return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
 
@@ -1106,13 +1097,10 @@ class UserError(Exception):
 
 def run_main(main):
     """Call main(). Every failure that a user can cause ends in one line on stderr and status 1."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")             # names that are no UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")             # names that are no UTF-8
     if RANK:
         sys.stdout = open(os.devnull, "w")                        # process 0 prints for all
-    def interrupt(number, frame):                                 # so that no temporary file stays
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)     # so that no temporary file stays
     try:
         return main()
     except BaseException as e:
@@ -1169,10 +1157,12 @@ class FlagParser(argparse.ArgumentParser):
 
 def ints(text):
     """"4,4,4" or "4x4x4" -> (4, 4, 4)"""
-    values = tuple(int(v) for v in text.replace("x", ",").split(","))
+    values = tuple(map(int, re.split("[x,]", text)))
     if min(values) < 1:
         raise ValueError("too small")
     return values
+
+MAY_BE_ZERO = ("grid",)                                           # though not by default
 
 def parse_flags(Config, presets={}, argv=None):
     """The command line of a Config dataclass: each field is a flag, the comment beside it its help.
@@ -1181,28 +1171,28 @@ def parse_flags(Config, presets={}, argv=None):
     default. Prints the flags given. What is wrong with them is said in one line.
     """
     defaults = vars(Config())
-    comments = re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M)
-    comments = dict(comments)
+    comments = dict(re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
     parser = FlagParser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
                         epilog="In []: the default. PRESETS, and SETS in data.py, replace some.",
                         argument_default=argparse.SUPPRESS,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = {tuple: ints, str: os.path.expanduser}                # of other types: the type itself
     for name, default in defaults.items():
         help = f"{comments.get(name, '')} [{default}]".replace("%", "%%")
         if isinstance(default, bool):
             parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=help)
         else:
-            kind = ints if isinstance(default, tuple) else type(default)
-            metavar = kind.__name__.upper()
-            parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=help)
+            kind = kinds.get(type(default), type(default))
+            parser.add_argument(f"--{name}", type=kind, help=help)
     flags = vars(parser.parse_args(argv))
     set_name = run_name(flags.get("data", Config.data))           # a folder can have a preset too
     values = {**defaults, **SETS.get(set_name, {}), **presets.get(set_name, {})}
     if flags.get("pixels"):                                       # a preset that comes with a flag
         values |= presets["--pixels"]
     for name, value in flags.items():
-        zero_is_fine = isinstance(value, float) or defaults[name] == 0 or name in MAY_BE_ZERO
-        if type(value) in (int, float) and not value >= (0 if zero_is_fine else 1):
+        may_be_zero = isinstance(value, float) or defaults[name] == 0 or name in MAY_BE_ZERO
+        smallest = 0 if may_be_zero else 1
+        if type(value) in (int, float) and not value >= smallest:     # refuses NaN, too
             parser.error(f"argument --{name}: {value} is too small")
         is_fraction = comments.get(name, "").startswith("fraction")
         if is_fraction and value > 1:
@@ -1211,17 +1201,13 @@ def parse_flags(Config, presets={}, argv=None):
             parser.error(f"argument --seed: {value} is too large, give at most {10 ** 9}")
         if name == "data" and not value:
             parser.error("argument --data is empty: name a set, a folder or an .npy file")
-        if isinstance(value, str) and value.startswith("~"):
-            flags[name] = os.path.expanduser(value)
-        print(f"  --{name} {flags[name]}   (instead of {values.get(name)})")
+        print(f"  --{name} {value}   (instead of {values.get(name)})")
     if "data" in flags and flags["data"] not in SETS:             # videos/ and videos are one set
         flags["data"] = os.path.abspath(flags["data"])
         if flags.get("out") and os.path.realpath(flags["out"]) == os.path.realpath(flags["data"]):
             parser.error(f"argument --out: {flags['out']} is the folder of the videos, and the "
                          "previews would become some of them; name another, or one inside it")
     return Config(**{name: flags.get(name, values[name]) for name in defaults})
-
-MAY_BE_ZERO = ("grid",)                                           # though not by default
 
 def run_name(data):
     """The name of a set in runs/ and in the cache: toy, sky, ucf101, or a path's last part."""
@@ -1324,17 +1310,12 @@ def all_reduce_sum(x):
     return x
 
 def average_gradients(*modules):
-    """Replace each gradient by its mean over the processes, all of them in one message."""
-    if WORLD == 1:
-        return
-    grads = []
-    for module in filter(None, modules):
-        grads += [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    dist.all_reduce(flat)
-    means = (flat / WORLD).split([g.numel() for g in grads])
-    for g, mean in zip(grads, means):
-        g.copy_(mean.view_as(g))
+    """Replace each gradient by its mean over the processes."""
+    if WORLD > 1:
+        for module in filter(None, modules):
+            for p in module.parameters():
+                if p.grad is not None:
+                    all_reduce_sum(p.grad.div_(WORLD))
 
 def micro_batches(batch_size, grad_accum_steps):
     """Slices of a batch: this process's share, in grad_accum_steps parts."""
@@ -1421,7 +1402,7 @@ def open_array(path, dtype):
     """The array of an .npy file as a memory map to read; None if it is absent, damaged, or of
     another type."""
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r")
         return array if array.dtype == dtype else None
     except Exception:                                    # a damaged header can raise anything
         return None
@@ -1430,7 +1411,7 @@ def load_checkpoint(path):
     """Read a checkpoint, to the CPU; nothing in it is executed."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not {"config", "step", "model"} <= set(checkpoint):
+        if not {"config", "step", "model"} <= set(checkpoint):
             raise ValueError("it is not one of ours")
         return checkpoint
     except FileNotFoundError:
@@ -1487,10 +1468,11 @@ class Run:
                                 "give another --out")
             then = vars(type(cfg)()) | checkpoint["config"]
             changed = [name for name, value in vars(cfg).items() if value != then[name]]
-            differ = [f"--{n} {then[n]} (now {getattr(cfg, n)})" for n in changed if n in fixed]
-            if differ:
-                raise UserError(f"{self.path} was trained with {', '.join(differ)}: give the same "
-                                "flags, another --out, or --fresh to start anew")
+            refused = [name for name in changed if name in fixed]
+            if refused:
+                differ = ", ".join(f"--{n} {then[n]} (now {getattr(cfg, n)})" for n in refused)
+                raise UserError(f"{self.path} was trained with {differ}: give the same flags, "
+                                "another --out, or --fresh to start anew")
             print(f"resuming {self.path} at step {checkpoint['step']}")
             for name in changed:
                 print(f"  --{name} {getattr(cfg, name)}   (until now {then[name]})")
@@ -1578,7 +1560,6 @@ class Run:
         """One step of each optimiser at this learning rate, from gradients of scaled losses."""
         for opt in opts:
             opt.param_groups[0]["lr"] = lr
-            self.scaler.unscale_(opt)
             self.scaler.step(opt)
             opt.zero_grad()
 
@@ -1591,34 +1572,31 @@ class Run:
     def log(self, step, losses, **more):
         """Keep the losses of this step; every 20th step, look at those kept and write a row.
 
-        losses, more: numbers or scalar tensors by name. Returns whether a row was written.
+        losses, more: numbers or scalar tensors by name.
         """
         self.recent.append((step, losses, self.waited))
         if step % LOG_EVERY:
-            return False
-        self.check_finite()
-        seconds = time.time() - self.clock
+            return
         row = {name: float(value) for name, value in {**losses, **more}.items()}
+        seconds = time.time() - self.clock
         row["seconds_a_step"] = seconds / len(self.recent)
         row["waiting"] = sum(waited for _, _, waited in self.recent) / seconds
         row["memory_gb"] = peak_memory(self.device)
         self.write_row(step, row)
         first = next(iter(losses))
         self.bar.set_postfix({first: f"{row[first]:.4f}", "GB": f"{row['memory_gb']:.1f}"}, False)
-        self.recent, self.clock = [], time.time()
-        return True
 
     def log_evaluation(self, step, scores):
         """Write the scores of an evaluation, {name: number}; refuse any that is not finite."""
         self.recent.append((step, scores, 0.0))
-        self.check_finite()
         self.write_row(step, scores)
         text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.bar.write(f"step {step}: {text}")
-        self.recent, self.clock = [], time.time()                 # only training is timed
 
     def write_row(self, step, row):
-        """Append {step, name: number, ...} to the log, with six digits."""
+        """Append {step, name: number, ...} to the log, with six digits, if all is finite."""
+        self.check_finite()
+        self.recent, self.clock = [], time.time()                 # only training is timed
         if RANK:
             return
         row = {name: float(f"{value:.6g}") for name, value in row.items()}

@@ -2,7 +2,7 @@
 
     noise (6, 4, 32, 32) -> U-Net, many steps -> latents (6, 4, 32, 32) -> decoder of stage 1
 
-    python diffusion.py                            # the toy, after vqgan3d.py; 7 to 12 minutes
+    python diffusion.py                            # the toy, after vqgan3d.py; 6 to 12 minutes
     python diffusion.py --data sky                 # latents of 16 x 128 x 128, one GPU
     python diffusion.py --data toy --pixels        # the same U-Net on pixels, without stage 1 (VDM)
 
@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import (LOG_EVERY, RANK, Run, UserError, Videos, average_gradients, can_compile,
-                  first_line, load_checkpoint, main_process_first, micro_batches, new_array,
-                  open_array, parse_flags, replacing, run_main, run_name, save_grid, to_float,
-                  to_uint8)
+from data import (LOG_EVERY, RANK, WORLD, Run, UserError, Videos, average_gradients, can_compile,
+                  explain, first_line, load_checkpoint, main_process_first, micro_batches,
+                  new_array, open_array, parse_flags, replacing, run_main, run_name, save_grid,
+                  to_float, to_uint8)
 from vqgan3d import Conv3d, build_vqgan, cosine_lr, make_optimizers
 
 @dataclass
@@ -67,7 +67,7 @@ class Config:
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
-    grad_accum_steps: int = 1     # parts of a batch, computed one after the other to save memory
+    grad_accum_steps: int = 1     # parts of a batch, computed one by one to save memory
     lr: float = 1e-3              # peak of Muon and Adam: 2% linear warm-up, then cosine to zero
     ema: float = 0.9999           # decay of the averaged weights, used to sample; at first lower
     num_latents: int = 0          # clips encoded once, before training; 0: fresh ones each step
@@ -93,7 +93,7 @@ PRESETS = {
         ema=0.99,                 # for few steps, a short average
         eval_every=1000,
     ),
-    "sky": dict(                  # 6.9 GB of GPU memory, from shapes; 12 GB without the parts
+    "sky": dict(                  # 6.9 GB, computed from shapes; 12 GB with grad_accum_steps=1
         grad_accum_steps=2,
         noise_shift=4.0,          # its latents are 32 x 32, the toy's 8 x 8
     ),
@@ -101,7 +101,7 @@ PRESETS = {
         grad_accum_steps=2,
         noise_shift=4.0,
     ),
-    "--pixels": dict(             # whatever the set; 13 GB, from shapes
+    "--pixels": dict(             # added to the set's preset; 13 GB, from shapes
         size=64,
         grad_accum_steps=16,
         noise_shift=1.0,
@@ -172,7 +172,7 @@ class Attention(nn.Module):
         bias = -(distance - preferred).abs().float()                         # (heads, distances)
         in_space = (2 * self.size - 1) ** 2
         self.bias = nn.Parameter(bias.repeat_interleave(in_space, 1))
-        self.reused = None                                       # the bias, in reuse_biases()
+        self.reused = None                                       # the biases, in reuse_biases()
 
     def relative_bias(self, T):
         """The bias of each pair of positions of T frames: (heads, L, L)"""
@@ -182,7 +182,8 @@ class Attention(nn.Module):
             T = 1
         index = relative_index(T, self.size, self.max_distance, self.bias.device)    # (L, L)
         columns = index.flatten().expand(self.heads, -1)                     # (heads, L*L)
-        return self.bias.gather(1, columns).view(self.heads, *index.shape)
+        bias = self.bias.gather(1, columns)
+        return bias.view(self.heads, *index.shape)
 
     def forward(self, x, T):                                                 # (B*T, C, H, W)
         N, C, H, W = x.shape
@@ -209,13 +210,13 @@ class Attention(nn.Module):
 def relative_index(T, size, max_distance, device):
     """For each pair of the L = T * size * size positions the column of its bias: (L, L)"""
     ranges = [torch.arange(n, device=device) for n in (T, size, size)]
-    grid = torch.stack(torch.meshgrid(*ranges, indexing="ij")).flatten(1)    # (3, L)
+    grid = torch.cartesian_prod(*ranges).T                                   # (3, L)
     t, y, x = grid[:, None, :] - grid[:, :, None]                            # (L, L) each
     t = t.clamp(-max_distance, max_distance) + max_distance                  # all from 0
     y = y + size - 1
     x = x + size - 1
-    rows = 2 * size - 1
-    return (t * rows + y) * rows + x
+    offsets = 2 * size - 1                                       # of y, and of x
+    return (t * offsets + y) * offsets + x
 
 class UNetBlock(nn.Module):
     """A residual block, then an Attention for each of the axes."""
@@ -246,7 +247,7 @@ class UNet(nn.Module):
                             "which does not divide: give fewer --mults, or another size or --down "
                             "in stage 1")
         if c.width % 2:
-            raise UserError(f"--width {c.width}: must be even, half sines and half cosines of t")
+            raise UserError(f"--width {c.width}: must be even, for half sines and half cosines")
         self.width, self.num_classes = c.width, num_classes
         widths = [c.width * m for m in c.mults]
         sizes = [size >> i for i in range(len(widths))]
@@ -305,11 +306,12 @@ class UNet(nn.Module):
         frequency = torch.exp(i * (-math.log(10000) / self.width))
         t = t.view(len(t), -1, 1).float()                                    # (B, 1 or T, 1)
         angle = t * frequency                                                # (B, 1 or T, .)
-        emb = self.emb(torch.cat([angle.cos(), angle.sin()], -1))
+        features = torch.cat([angle.cos(), angle.sin()], -1)                 # (B, 1 or T, width)
+        emb = self.emb(features)
         if self.label is None:
             return emb
         if label is None:
-            label = torch.full((len(t),), self.num_classes, device=t.device)
+            return emb + self.label.weight[-1]                               # the null label
         return emb + self.label(label)[:, None]
 
     def forward(self, x, t, label=None):
@@ -341,8 +343,8 @@ class Diffusion:
     clean, to timesteps - 1, nearly noise (Ho et al. 2020, eq. 4).
 
     noise_shift multiplies sigma / alpha at all times (Chen 2023; Hoogeboom et al. 2023). The mean
-    colour of many positions shows through noise that hides each of them. Without more noise it
-    would be decided within the first of 25 steps, too early, and all samples would look alike.
+    colour of many positions stays visible under noise that hides each of them. With too little
+    noise the first of 25 steps decides it, and all samples look alike.
     """
     def __init__(self, timesteps, noise_schedule, predict, noise_shift=1.0, device="cpu"):
         if noise_schedule not in ("cosine", "linear"):
@@ -369,25 +371,23 @@ class Diffusion:
         return (u * self.timesteps).long()
 
     def sampling_times(self, steps):
-        """`steps` times, evenly spaced, from timesteps - 1, nearly noise, to 0.
+        """At most `steps` different times, evenly spaced from timesteps - 1, nearly noise, to 0.
 
-        With eps the first is the largest t whose sqrt(alpha_bar_t) is at least 0.03, and there may
-        be fewer times: x_0 is (x_t - sigma eps) / alpha, so an error of the network in eps grows by
-        1 / alpha, which is 20,000 at the end of the cosine schedule. v has no such division (Lin et
-        al. 2023, section 3.2).
+        With eps they begin later, at the largest t whose sqrt(alpha_bar_t) is at least 0.03: x_0 is
+        (x_t - sigma eps) / alpha, so an error of the network in eps grows by 1 / alpha, which is
+        20,000 at the end of the cosine schedule. v has no such division (Lin et al. 2023, 3.2).
         """
         first = self.timesteps - 1
         if self.predict == "eps":
             first = (self.alpha_bar >= 0.03 ** 2).sum().item() - 1
         times = torch.linspace(first, 0, steps, dtype=torch.float64)
-        return list(dict.fromkeys(times.round().long().tolist()))            # none of them twice
+        times = times.round().long().tolist()
+        return list(dict.fromkeys(times))                        # none of them twice
 
     def alpha_sigma(self, t, x):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) for times (B,), shaped to multiply x"""
         shape = -1, *[1] * (x.dim() - 1)
-        alpha = self.alpha[t].view(shape)
-        sigma = self.sigma[t].view(shape)
-        return alpha, sigma
+        return self.alpha[t].view(shape), self.sigma[t].view(shape)
 
     def add_noise(self, x0, eps, t):
         """-> x_t, and the target of the network"""
@@ -420,9 +420,11 @@ def denoising_loss(unet, diffusion, x0, t, eps, labels, num_cond):
     is_cond = frame < num_cond[:, None]                                      # (B, T)
     x_t, target = diffusion.add_noise(x0, eps, t)
     x_t = torch.where(is_cond[:, None, :, None, None], x0, x_t)
-    output = unet(x_t, t[:, None].masked_fill(is_cond, 0), labels)
+    frame_times = t[:, None].masked_fill(is_cond, 0)                         # (B, T)
+    output = unet(x_t, frame_times, labels)
     error = (output - target).square().mean((1, 3, 4))                       # (B, T)
-    return error.masked_fill(is_cond, 0).sum(1) / (~is_cond).sum(1)
+    error = error.masked_fill(is_cond, 0).sum(1)                             # (B,)
+    return error / (~is_cond).sum(1)
 
 def classifier_free_guidance(unet, labels, scale):
     """(x, t) -> null + scale * (conditional - null), both in one batch (Ho & Salimans 2021, eq. 6,
@@ -434,13 +436,15 @@ def classifier_free_guidance(unet, labels, scale):
             return unet(x, t, labels)
         null_labels = torch.full_like(labels, unet.num_classes)
         both_labels = torch.cat([labels, null_labels])
-        outputs = unet(torch.cat([x, x]), torch.cat([t, t]), both_labels)
-        conditional, null = outputs.chunk(2)
+        x_twice = torch.cat([x, x])
+        t_twice = torch.cat([t, t])
+        conditional, null = unet(x_twice, t_twice, both_labels).chunk(2)
         return torch.lerp(null, conditional, scale)
     return network
 
 # A sampler yields (x, x_0) after each step. denoise(x, t) -> (x_0, eps); randn() -> noise like x.
-# Each has its paper's alpha_t and sigma_t: alpha_t is 1 - beta_t in ddpm, sqrt(alpha_bar_t) in dpm.
+# Symbols are those of each paper: alpha_t is 1 - beta_t in ddpm and sqrt(alpha_bar_t) in dpm;
+# sigma_t is the noise added in ddim and sqrt(1 - alpha_bar_t) in dpm.
 
 def ddpm(denoise, diffusion, x, times, randn):
     """Ancestral sampling (Ho et al. 2020, eq. 6-7), of all times or of some"""
@@ -448,8 +452,9 @@ def ddpm(denoise, diffusion, x, times, randn):
         x0, _ = denoise(x, t)
         alpha_t = alpha_bar_t / alpha_bar_next
         beta_t = 1 - alpha_t
-        x = alpha_bar_next ** 0.5 * beta_t * x0 + alpha_t ** 0.5 * (1 - alpha_bar_next) * x
-        x = x / (1 - alpha_bar_t)                                            # mean
+        x0_weight = alpha_bar_next ** 0.5 * beta_t
+        x_weight = alpha_t ** 0.5 * (1 - alpha_bar_next)
+        x = (x0_weight * x0 + x_weight * x) / (1 - alpha_bar_t)              # mean
         if alpha_bar_next < 1:
             variance = beta_t * (1 - alpha_bar_next) / (1 - alpha_bar_t)
             x = x + variance ** 0.5 * randn()
@@ -462,7 +467,8 @@ def ddim(denoise, diffusion, x, times, randn=None, eta=0.0):
         beta_t = 1 - alpha_bar_t / alpha_bar_next
         variance = beta_t * (1 - alpha_bar_next) / (1 - alpha_bar_t)
         sigma_t = eta * variance ** 0.5
-        x = alpha_bar_next ** 0.5 * x0 + (1 - alpha_bar_next - sigma_t ** 2) ** 0.5 * eps
+        direction = (1 - alpha_bar_next - sigma_t ** 2) ** 0.5 * eps         # "pointing to x_t"
+        x = alpha_bar_next ** 0.5 * x0 + direction
         if sigma_t > 0:
             x = x + sigma_t * randn()
         yield x, x0
@@ -535,9 +541,7 @@ class LatentDiffusion:
         self.bound = bound
 
     def get_statistics(self):
-        mean = self.mean.flatten().cpu()
-        std = self.std.flatten().cpu()
-        return mean, std, self.bound
+        return self.mean.flatten().cpu(), self.std.flatten().cpu(), self.bound
 
     def to_z(self, x):
         """Videos -> z of stage 1, not normalised; without a stage 1 the videos themselves"""
@@ -574,13 +578,15 @@ class LatentDiffusion:
             noise = [torch.randn(self.shape, generator=stream) for stream in streams]
             return torch.stack(noise).to(self.device)
         x = randn()
+        if labels is not None:
+            labels = labels.to(self.device)
         if cond_frames is None:
             cond_frames = x[:, :, :0]
-        K = cond_frames.shape[2]
+        K, T = cond_frames.shape[2], self.shape[1]
         network = classifier_free_guidance(self.unet, labels, guidance)
         def denoise(x, t):
             x = torch.cat([cond_frames, x[:, :, K:]], 2)
-            frame_times = torch.full((len(x), self.shape[1]), t, device=self.device)
+            frame_times = torch.full((len(x), T), t, device=self.device)
             frame_times[:, :K] = 0
             with autocast():
                 output = network(x, frame_times)
@@ -589,7 +595,7 @@ class LatentDiffusion:
         if not callable(sampler):
             sampler = SAMPLERS[sampler]
         times = self.diffusion.sampling_times(steps)
-        with reuse_biases(self.unet, self.shape[1]):
+        with reuse_biases(self.unet, T):
             for x, x0 in sampler(denoise, self.diffusion, x, times, randn):
                 if progress:
                     progress(x, x0)
@@ -597,19 +603,20 @@ class LatentDiffusion:
 
 def export_model(path, out):
     """Write what sampling needs of a checkpoint to another file, in float16, a fifth as large."""
-    if Path(out).suffix != ".pt" or Path(out).is_dir():
+    out = Path(out)
+    if out.suffix != ".pt" or out.is_dir():
         raise UserError(f"--export {out}: must be a file that ends in .pt")
-    if Path(out).exists() and "opts" in load_checkpoint(out):
+    if out.exists() and "opts" in load_checkpoint(out):
         raise UserError(f"--export {out} would replace what training needs: give another name")
     checkpoint = load_stage2(path)
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     small = {key: checkpoint[key] for key in ("config", "step", "statistics", "classes", "clip")}
-    small["model"] = {}                                          # each checkpoint has one
+    small["model"] = {}                                          # load_checkpoint() looks for it
     small["ema"] = to_half(checkpoint["ema"])
     small["vqgan"] = stage1 = checkpoint["vqgan"]
     if stage1:
-        small["vqgan"] = {**stage1, "model": to_half(stage1["model"])}
-    with replacing(Path(out)) as temporary:
+        stage1["model"] = to_half(stage1["model"])
+    with replacing(out) as temporary:
         torch.save(small, temporary)
 
 def to_half(state):
@@ -643,6 +650,8 @@ def load_diffusion(path, device="cpu"):
         model.unet.load_state_dict(checkpoint["ema"])
         model.set_statistics(*checkpoint["statistics"])
     except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+        if explain(e):                                           # a full GPU: no fault of the file
+            raise
         raise UserError(f"{path} does not fit stage 2 as it is written now ({first_line(e)}): "
                         "train anew with --fresh")
     model.unet.eval().requires_grad_(False)
@@ -664,7 +673,7 @@ class Latents:
             self.z, self.labels = encode_dataset(model, videos, num_latents, folder, autocast)
 
     def fetch(self, n, rng):
-        """-> n samples for to_latents(), labels (n,), where an unknown one is the null label"""
+        """-> n samples for to_latents(), labels (n,), the null label where the class is unknown"""
         if self.z is None:
             samples, labels = self.videos.batch(n, rng)
         else:
@@ -695,14 +704,15 @@ class Latents:
         """Set the model's statistics from z of 1024 random windows."""
         z = []
         for i in range(16):
-            samples, _ = self.fetch(64, np.random.default_rng((seed, i)))
-            z.append(self.to_latents(samples))                   # not normalised so far
+            rng = np.random.default_rng((seed, i))
+            samples, _ = self.fetch(64, rng)
+            z.append(self.to_latents(samples))                   # plain z: mean and std are 0 and 1
         z = torch.cat(z)
         mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
         self.model.set_statistics(mean, std, 1.0)
-        bound = self.model.normalize(z).abs().max().item()
-        self.model.bound = bound
+        normalized = self.model.normalize(z)
+        self.model.bound = bound = normalized.abs().max().item()
         print(f"latents: mean {mean.cpu().numpy().round(3)}, standard deviation "
               f"{std.cpu().numpy().round(3)}; normalised, at most {bound:.1f}")
 
@@ -714,7 +724,7 @@ def encode_dataset(model, videos, n, folder, autocast):
     """
     rng = np.random.default_rng(0)
     windows = videos.draw(n, rng)
-    mirrored = rng.integers(2, size=n) * videos.flip == 1
+    mirrored = (rng.integers(2, size=n) == 1) & videos.flip
     labels = torch.tensor([videos.videos[i].label for i, _ in windows])
     key = hashlib.sha256(f"{videos.fingerprint} {tuple(model.clip)} {videos.flip} {n}".encode())
     for weight in model.vqgan.state_dict().values():
@@ -750,7 +760,9 @@ def load_stage1(cfg, checkpoint, out, device):
         stage1 = checkpoint["vqgan"]
         found = load_checkpoint(path) if path.exists() else stage1
         old, new = stage1["model"], found["model"]
-        same = old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+        same = old.keys() == new.keys()
+        if same:
+            same = all(torch.equal(old[name], new[name]) for name in old)
         if not same:
             print(f"note: {path}, of {found['step']} steps, is not the stage 1 that this run began "
                   f"with, of {stage1['step']} steps, and which it keeps; to use the new one, start "
@@ -779,16 +791,15 @@ class HeldOut:
         x0 = torch.cat([latents.to_latents(part) for part in clips.split(16)])
         stream = torch.Generator().manual_seed(0)
         eps = torch.randn(x0.shape, generator=stream).to(x0.device)
-        self.t = model.diffusion.times(torch.arange(128) / 128).to(x0.device)
+        u = torch.arange(128) / 128
+        self.t = model.diffusion.times(u).to(x0.device)
         self.x_t, self.target = model.diffusion.add_noise(x0, eps, self.t)
-        self.labels = torch.where(labels < 0, model.unet.num_classes, labels).to(x0.device)
+        labels = torch.where(labels < 0, model.unet.num_classes, labels)
+        self.labels = labels.to(x0.device)
 
     def loss(self, unet):
-        outputs = []
-        for i in range(0, 128, 32):
-            part = slice(i, i + 32)
-            output = unet(self.x_t[part], self.t[part], self.labels[part])
-            outputs.append(output)
+        batches = zip(self.x_t.split(32), self.t.split(32), self.labels.split(32))
+        outputs = [unet(*batch) for batch in batches]
         return F.mse_loss(torch.cat(outputs), self.target).item()
 
 @torch.no_grad()
@@ -798,13 +809,16 @@ def evaluate_and_preview(model, held_out, guidance, autocast, path):
     with autocast():
         loss = held_out.loss(model.unet)
     rows = min(model.unet.num_classes, 12) or 4
-    labels = torch.arange(rows, device=model.device).repeat_interleave(3)
+    labels = torch.arange(rows).repeat_interleave(3)
+    steps = min(25, model.diffusion.timesteps)
     latents = []
     for seeds in torch.arange(3 * rows).split(16):
-        batch = model.sample(seeds.tolist(), labels[seeds], guidance, autocast=autocast)
+        batch = model.sample(seeds.tolist(), labels[seeds], guidance, steps=steps,
+                             autocast=autocast)
         latents.append(batch)
+    latents = torch.cat(latents).split(8)
     with autocast():
-        videos = [model.decode(batch) for batch in torch.cat(latents).split(8)]
+        videos = [model.decode(batch) for batch in latents]
     videos = to_uint8(torch.cat(videos))
     save_grid(path, videos, columns=3)
     return dict(held_out_loss=loss)
@@ -815,7 +829,9 @@ def draw_noise(cfg, model, labels, stream):
     B, T = len(labels), model.shape[1]
     null_label = model.unet.num_classes
     # u spread evenly over [0, 1) gives less variance than independent ones (Kingma et al. 2021)
-    u = (torch.rand(1, generator=stream) + torch.randperm(B, generator=stream) / B) % 1
+    offset = torch.rand(1, generator=stream)
+    places = torch.randperm(B, generator=stream) / B
+    u = (offset + places) % 1
     eps = torch.randn(B, *model.shape, generator=stream)
     if model.classes:                                            # the null label is trained here
         drop = torch.rand(B, generator=stream) < cfg.label_drop
@@ -828,12 +844,15 @@ def draw_noise(cfg, model, labels, stream):
 def loss_by_time(history):
     """Mean loss in each quarter of the times, from nearly clean to nearly noise.
 
-    history: (losses (b,), u (b,)) of the last steps, where u in [0, 1) made the times.
+    history: (losses (b,), u (b,)) of the last 20 steps, or of fewer after a start; u in [0, 1) made
+    the times.
     """
     losses = torch.cat([losses for losses, _ in history])                    # (N,)
     u = torch.cat([u for _, u in history])
-    quarter = F.one_hot((4 * u).long(), 4).float()                           # (N, 4)
-    means = losses @ quarter / quarter.sum(0).clamp_min(1)
+    quarter = (4 * u).long()
+    quarter = F.one_hot(quarter, 4).float()                                  # (N, 4)
+    sums = losses @ quarter                                                  # (4,)
+    means = sums / quarter.sum(0).clamp_min(1)
     return {f"loss_t{i + 1}": mean for i, mean in enumerate(means)}
 
 def train_step(cfg, unet, model, opts, batch, latents, step, run):
@@ -862,8 +881,8 @@ def train_step(cfg, unet, model, opts, batch, latents, step, run):
     return torch.cat(losses), torch.cat(us)
 
 def build_networks(cfg, vqgan, clip, classes, run):
-    """-> LatentDiffusion, U-Net, optimisers. The U-Net is trained; .unet of the first is its moving
-    average, for sampling and evaluation."""
+    """-> LatentDiffusion, U-Net, optimisers. The U-Net is trained; model.unet, its moving average,
+    is what is evaluated, sampled from and exported."""
     model = LatentDiffusion(cfg, vqgan, clip, classes, run.device)
     unet = model.unet
     model.unet = copy.deepcopy(unet).requires_grad_(False).eval()
@@ -947,13 +966,15 @@ def main():
             return
 
         # one optimiser step; every random draw of it follows from (seed, step)
-        torch.manual_seed(cfg.seed * 1_000_003 + step)           # of dropout
-        losses, u = train_step(cfg, unet, model, opts, next(batches), latents, step, run)
+        torch.manual_seed(cfg.seed * 1_000_003 + step * WORLD + RANK)        # of dropout
+        batch = next(batches)
+        losses, u = train_step(cfg, unet, model, opts, batch, latents, step, run)
 
         # log
         history.append((losses, u))
         lr = opts[0].param_groups[0]["lr"]
-        run.log(step, dict(loss=losses.mean()), **loss_by_time(history), lr=lr)
+        by_time = loss_by_time(history)
+        run.log(step, dict(loss=losses.mean()), **by_time, lr=lr)
     print(f"done: {run.path}, the log {run.log_path}, samples {out / 'diffusion.gif'}")
 
 # --------------------------------------------------------------------------------------------------
@@ -962,7 +983,7 @@ def main():
 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm of each frame, with at least 4 channels a group. On a GPU it stays in x's type:
-    under autocast it would compute in float32, with half as much memory again. On a CPU, below 1024
+    autocast would compute it in float32 and keep 1.5 times the memory. On a CPU, below 1024
     positions, torch's kernel for channels_last takes 4 times as long as copying to the other layout
     and back."""
     def __init__(self, C):
@@ -994,9 +1015,9 @@ def attend(q, k, v, bias):
 
 @contextmanager
 def reuse_biases(unet, T):
-    """While sampling clips of T latent frames, weights and length stay the same: each attention
-    gathers its bias only once, here, outside of what torch.compile makes a CUDA graph of. Inside
-    of another reuse_biases() the biases of that one stay, as a CUDA graph wants them in one place.
+    """While sampling clips of T latent frames, weights and length do not change. So each attention
+    gathers its biases once, here, and not in every call: torch.compile's CUDA graph then finds them
+    at one address. A reuse_biases() inside another one changes nothing.
     """
     layers = []
     for m in unet.modules():

@@ -145,8 +145,8 @@ def psnr(x, y):
 def ssim(x, y):
     """Structural similarity (Wang et al. 2004, eq. 13), averaged over pixels, channels and frames.
 
-    1 if the two are equal, otherwise less. Statistics are weighted by the Gaussian window of the paper, of
-    11 x 11 pixels and standard deviation 1.5, at all positions where it lies inside the frame.
+    1 if the two are equal, otherwise less. Statistics are weighted by the Gaussian window of the
+    paper, 11 x 11 pixels with standard deviation 1.5, wherever it fits inside the frame.
     """
     B, _, _, H, W = x.shape
     offset = torch.arange(11, device=x.device) - 5.0
@@ -380,7 +380,8 @@ def evaluate_floor(cfg, device):
 
 def open_real(cfg):
     """The real videos: the train split of --data"""
-    return Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride, cfg.fps)
+    clip = cfg.size, cfg.frames, cfg.stride, cfg.fps
+    return Videos(cfg.data, cfg.data_dir, "train", *clip)
 
 def compare_sets(cfg, pairs, fake_name):
     """FVD and KVD of pairs (real, fake) of logits, one pair for each run -> list of Metric"""
@@ -432,7 +433,8 @@ def evaluate_reconstruction(cfg, device, gif):
     vqgan = load_vqgan(cfg.vqgan, device)
     c = vqgan.config
     data = c.data if cfg.data == Config.data else cfg.data       # --data: where its folder is now
-    videos = Videos(data, cfg.data_dir, "test", c.size, c.frames, c.stride, c.fps)
+    clip = c.size, c.frames, c.stride, c.fps
+    videos = Videos(data, cfg.data_dir, "test", *clip)
     clips, _ = videos.fixed(8)
     y, _, _ = vqgan(to_float(clips).to(device))                              # (8, 3, T, H, W)
     if not RANK:
@@ -480,10 +482,13 @@ def reconstruction(vqgan, clips, i3d=None, batch_size=4, dtype="float32"):
         if i3d:
             real.append(i3d_logits(i3d, to_uint8(x), batch_size, dtype=dtype))
             fake.append(i3d_logits(i3d, decoded, batch_size, dtype=dtype))
-    scores = dict(PSNR=torch.cat(psnrs).mean().item(), SSIM=torch.cat(ssims).mean().item())
+    scores = {}
+    scores["PSNR"] = torch.cat(psnrs).mean().item()
+    scores["SSIM"] = torch.cat(ssims).mean().item()
     if i3d:
         scores["rFVD"] = frechet_distance(np.concatenate(real), np.concatenate(fake))
-    counts = torch.cat(codes).bincount(minlength=vqgan.config.codes).double()
+    codes = torch.cat(codes)
+    counts = codes.bincount(minlength=vqgan.config.codes).double()
     p = counts / counts.sum()
     scores["codes used"] = (p > 0).double().mean().item()
     entropy = torch.special.entr(p).sum()
@@ -567,7 +572,8 @@ def pad_same(x, layer):
     more behind."""
     padding = []
     for n, kernel, stride in zip(x.shape[2:], layer.kernel_size, layer.stride):
-        total = max((math.ceil(n / stride) - 1) * stride + kernel - n, 0)
+        remaining = math.ceil(n / stride)
+        total = max((remaining - 1) * stride + kernel - n, 0)
         padding = [total // 2, total - total // 2, *padding]      # F.pad begins at the last axis
     return F.pad(x, padding)
 

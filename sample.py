@@ -255,7 +255,8 @@ def make_plan(cfg, model, autocast):
     sampler = cfg.sampler or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise UserError(f"--sampler {sampler}: must be one of {', '.join(SAMPLERS)}")
-    steps = cfg.steps or (model.diffusion.timesteps if sampler == "ddpm" else 25)
+    timesteps = model.diffusion.timesteps
+    steps = cfg.steps or (timesteps if sampler == "ddpm" else min(25, timesteps))
     return Plan(n, cfg.frames or frames, labels, guidance, sampler, steps, start)
 
 def sample_share(plan, cfg, model, autocast, samples):
@@ -273,7 +274,7 @@ def sample_share(plan, cfg, model, autocast, samples):
         seeds = [cfg.seed + k for k in batch]
         labels = start = None
         if plan.labels is not None:
-            labels = plan.labels[batch].to(model.device)
+            labels = plan.labels[batch]
         if plan.start is not None:
             start = plan.start.expand(len(batch), -1, -1, -1, -1)
         latents = sample_long(model, seeds, labels, plan.guidance, plan.sampler, plan.steps,

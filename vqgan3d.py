@@ -55,7 +55,7 @@ class Config:
     commitment: float = 0.25      # keeps the encoder's outputs near their codes
     gan: float = 0.1              # adversarial loss; 0 and --feature 0: no discriminator at all
     feature: float = 1.0          # L1 between the discriminator's features of video and output
-    gan_ratio: float = 0.3        # longest gradient of gan + feature, over that of mse + perceptual
+    gan_ratio: float = 0.3        # limit of |gradient of gan + feature| / |of mse + perceptual|
     # training
     steps: int = 50_000           # updates of the autoencoder
     vq_start: float = 0.1         # fraction of the steps after which the latents are quantised
@@ -63,7 +63,7 @@ class Config:
     gan_start: float = 0.6        # fraction of the steps after which its losses are in use
     disc_width: int = 64          # channels of the discriminator's first layer
     batch_size: int = 8           # clips a step
-    grad_accum_steps: int = 1     # parts of a batch, computed one after the other to save memory
+    grad_accum_steps: int = 1     # parts of a batch, to save memory; D's batch norm sees one part
     lr: float = 2e-3              # peak of Muon and Adam: 2% linear warm-up, then cosine to zero
     disc_lr: float = 2e-4         # the discriminator's Adam, constant (DCGAN's value)
     seed: int = 0                 # everything random follows from (seed, step)
@@ -108,8 +108,8 @@ FIXED = ("size", "frames", "stride", "fps", "crop", "flip", "down", "width", "bl
 # the autoencoder: convolutions factorised into space and time, on patches
 
 class ChannelNorm(nn.Module):
-    """Layer norm over the channels of each position. Statistics over time would make a decoded
-    frame depend on the length of the video, those over space on --crop."""
+    """Layer norm over the channels of each position. With statistics over time, a decoded frame
+    would depend on the length of the video; with statistics over space, on --crop."""
     def __init__(self, C):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(C))
@@ -165,7 +165,7 @@ class PatchUp(nn.Module):
         ph, pw = self.patch
         x = self.proj(x).movedim(1, -1)                                      # (B, T, H, W, pD)
         x = x.view(B, T, H, W, ph, pw, -1)
-        x = x.permute(0, 1, 2, 4, 3, 5, 6)                                   # (B, T, H, ph, W, ..)
+        x = x.permute(0, 1, 2, 4, 3, 5, 6)                                   # (B,T,H,ph,W,pw,D)
         x = x.reshape(B, T, H * ph, W * pw, -1)
         return x.movedim(-1, 1)
 
@@ -173,7 +173,7 @@ class TimeUp(nn.Module):
     """Linear interpolation to twice as many frames: (B, C, T, H, W) -> (B, C, 2T, H, W)
 
     A residual block follows. PatchUp is not used in time: the frames of one patch would hardly
-    differ, and motion would jump from patch to patch (Odena et al. 2016 show this in space).
+    differ, and motion would jump from patch to patch. Resize, then convolve: Odena et al. 2016.
     """
     def forward(self, x):
         H, W = x.shape[3:]
@@ -193,7 +193,7 @@ class Quantizer(nn.Module):
     def __init__(self, codes, code_dim):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(codes, code_dim))
-        self.register_buffer("usage", torch.zeros(codes))        # moving average, 1 on average
+        self.register_buffer("usage", torch.zeros(codes))        # moving average; mean over codes 1
         self.started = False                # no buffer: to read one, the CPU must wait for the GPU
 
     def get_extra_state(self):                                   # part of the state dict
@@ -239,8 +239,8 @@ class Quantizer(nn.Module):
             flat = torch.cat(shares)
         dead = self.dead_codes()
         chosen = torch.randint(len(flat), dead.shape, device=flat.device)
-        noise = 0.01 * flat.std(0) * torch.randn_like(self.codebook)   # latents may be chosen twice
-        new = flat[chosen] + noise                                           # (K, D)
+        noise = 0.01 * flat.std(0) * torch.randn_like(self.codebook)
+        new = flat[chosen] + noise                               # (K, D), no two alike
         self.codebook.copy_(torch.where(dead[:, None], new, self.codebook))
         self.usage.masked_fill_(dead, 1.0)
 
@@ -264,11 +264,12 @@ def nearest_codes(flat, codebook):
     nearest = []
     for rows in flat.split(max(1, limit // len(codebook))):
         distances = torch.addmm(norms, rows, codebook.T, alpha=-2)           # (rows, K)
-        nearest.append(distances.min(1).indices)
+        nearest.append(distances.argmin(1))
     return torch.cat(nearest)
 
 class VQGAN(nn.Module):
     """encode(x) -> z, continuous; quantize(z) -> (z_q, codes, losses); decode(z_q) -> x.
+    All in one: vqgan(x) -> (reconstruction, codes, losses).
 
     x: (B, 3, T, H, W) in [-1, 1]; z and z_q: (B, code_dim, T / down, H / down, W / down).
     """
@@ -283,7 +284,8 @@ class VQGAN(nn.Module):
         last = 3
         for i in range(levels):
             C = min(c.width * 3 ** i, max(c.width, 384))
-            patch = tuple(2 if d >= 2 ** (levels - i) else 1 for d in c.down)
+            remaining = 2 ** (levels - i)                        # downsampling from here on
+            patch = tuple(2 if d >= remaining else 1 for d in c.down)
             encoder.append(PatchDown(last, C, patch))
             encoder += [ResBlock(C) for _ in range(c.blocks)]
             level = [ResBlock(C) for _ in range(c.blocks)]
@@ -299,11 +301,11 @@ class VQGAN(nn.Module):
         self.to(memory_format=torch.channels_last_3d)            # fastest for convolutions
 
     def encode(self, x):
-        t, h, w = self.config.down
-        divisible = all(n % d == 0 for n, d in zip(x.shape[2:], self.config.down))
+        down = self.config.down
+        divisible = all(n % d == 0 for n, d in zip(x.shape[2:], down))
         if x.dim() != 5 or x.shape[1] != 3 or not divisible:
-            raise ValueError(f"encode() takes videos (B, 3, T, H, W) with T, H and W divisible by "
-                             f"{t}, {h} and {w}, not {tuple(x.shape)}")
+            raise ValueError("encode() takes videos (B, 3, T, H, W) with T, H, W divisible by "
+                             f"{down}, not {tuple(x.shape)}")
         return self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).float()
 
     def quantize(self, z):
@@ -401,7 +403,9 @@ def reconstruction_loss(x, y, vgg=None, frame=None):
     losses = dict(mse=F.mse_loss(y, x))
     if vgg is not None:
         i = torch.arange(len(x), device=x.device)
-        losses["perceptual"] = vgg(x[i, :, frame], y[i, :, frame])           # (B, 3, H, W) each
+        frame_x = x[i, :, frame]                                             # (B, 3, H, W)
+        frame_y = y[i, :, frame]
+        losses["perceptual"] = vgg(frame_x, frame_y)
     return losses
 
 def vq_loss(z, e):
@@ -432,15 +436,17 @@ def weighted_sum(cfg, losses):
     return sum(getattr(cfg, name) * loss for name, loss in losses.items())
 
 def join_gradients(grad_rec, grad_adv, gan_ratio):
-    """grad_rec + w grad_adv: gradients at the reconstruction, of mse and perceptual, and of gan and
-    feature. w <= 1 is chosen so that the second part is at most gan_ratio times as long as the
-    first.
+    """grad_rec + w grad_adv, two gradients at the reconstruction: that of mse and perceptual, and
+    that of gan and feature. w is the largest number up to 1 for which w grad_adv is at most
+    gan_ratio times as long as grad_rec.
 
     VQGAN (Esser et al. 2021, eq. 7) sets w to the ratio of the two norms at the decoder's last
     layer. Here it is a limit, measured at the pixels, which needs no extra backward pass. The
     discriminator cannot ruin the reconstruction then, whatever its loss.
     """
-    squares = torch.stack([grad_rec.square().sum(), grad_adv.square().sum()])
+    square_rec = grad_rec.square().sum()
+    square_adv = grad_adv.square().sum()
+    squares = torch.stack([square_rec, square_adv])
     norm_rec, norm_adv = all_reduce_sum(squares).sqrt()
     weight = gan_ratio * norm_rec / norm_adv.clamp_min(1e-12)
     return grad_rec + grad_adv * weight.clamp(max=1)
@@ -462,9 +468,10 @@ def build_networks(cfg, run):
     if cfg.gan or cfg.feature:
         side = cfg.crop or cfg.size
         disc = Discriminator(cfg.frames, side, cfg.disc_width).to(run.device)
-        if WORLD > 1 and run.device.type == "cuda":              # there is none for CPUs
+        if WORLD > 1 and run.device.type == "cuda":              # it needs CUDA
             disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
-        disc_opt = make_adam(disc.parameters(), cfg.disc_lr, betas=(0.5, 0.999))
+        betas = 0.5, 0.999                                       # DCGAN's
+        disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas, foreach=True)
     if cfg.perceptual:
         with main_process_first():                               # it downloads VGG16
             vgg = load_vgg(cfg.vgg)
@@ -506,7 +513,7 @@ def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
     if train_disc:
         losses["disc"] = discriminator_loss(real_logits, fake_logits)
         loss = scale(losses["disc"] * fraction)
-        loss.backward(inputs=list(nets.disc.parameters()))       # and not fake
+        loss.backward(inputs=list(nets.disc.parameters()))       # no gradient for fake
         losses["D_real"] = real_logits.sigmoid().mean()
         losses["D_fake"] = fake_logits.sigmoid().mean()
 
@@ -521,7 +528,7 @@ def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
 
 def phase_starts(cfg, checkpoint):
     """The steps at which quantisation, discriminator and GAN begin. What had begun before a run was
-    resumed has begun, however many steps there are now."""
+    resumed keeps its start, whatever --steps and the fractions are now."""
     starts = {}
     for name in ("vq_start", "disc_start", "gan_start"):
         starts[name] = getattr(cfg, name) * cfg.steps
@@ -538,11 +545,12 @@ def train_step(cfg, nets, clips, frame, step, starts, run):
     train_disc = nets.disc is not None and step >= starts["disc_start"]
     use_gan = nets.disc is not None and step >= starts["gan_start"]
     parts = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
+    fraction = 1 / len(parts)
     losses = {}
     for part in parts:
         x = to_float(clips[part].to(run.device, non_blocking=True))          # (B, 3, T, H, W)
         shown = frame[part].to(run.device, non_blocking=True)
-        terms = backward_losses(cfg, nets, x, shown, train_disc, use_gan, 1 / len(parts), run)
+        terms = backward_losses(cfg, nets, x, shown, train_disc, use_gan, fraction, run)
         for name, loss in terms.items():
             losses[name] = losses.get(name, 0) + loss / len(parts)
     average_gradients(nets.vqgan, nets.disc)
@@ -566,7 +574,8 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
         codes.append(code.cpu().flatten())
     vqgan.train()
     y, codes = torch.cat(outputs), torch.cat(codes)
-    pairs = np.concatenate([clips[:8], to_uint8(y[:8])], axis=2)             # one over the other
+    reconstructions = to_uint8(y[:8])
+    pairs = np.concatenate([clips[:8], reconstructions], axis=2)             # original above
     save_grid(path, pairs, columns=len(pairs))
     count = torch.bincount(codes, minlength=vqgan.config.codes).double()
     p = count / len(codes)
@@ -579,7 +588,9 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
 
 def mean_psnr(x, y):
     """PSNR in dB of videos in [-1, 1], clipped, averaged over the videos."""
-    error = (x.clamp(-1, 1) - y.clamp(-1, 1)) / 2                            # of a range of 1
+    x = x.clamp(-1, 1)
+    y = y.clamp(-1, 1)
+    error = (x - y) / 2                                                      # pixels range over 1
     mse = error.square().flatten(1).mean(1)
     decibels = -10 * mse.clamp_min(1e-10).log10()                            # (B,)
     return decibels.mean().item()
@@ -596,7 +607,7 @@ def main():
         test = Videos(cfg.data, cfg.data_dir, "test", *clip)
     test_clips, _ = test.fixed(cfg.eval_clips)
     def fetch(step):
-        """All that is random in a step, except where the quantiser moves dead codes."""
+        """The random draws of a step, except those that move dead codes."""
         rng = np.random.default_rng((cfg.seed, step))
         clips, _ = train.batch(cfg.batch_size, rng)
         frame = rng.integers(cfg.frames, size=cfg.batch_size)    # that VGG16 sees
@@ -605,13 +616,13 @@ def main():
     # networks, and where an earlier run stopped
     torch.manual_seed(cfg.seed)
     nets = build_networks(cfg, run)
-    vqgan, opts, _, disc, disc_opt = nets
+    vqgan = nets.vqgan
     checkpoint = run.resume(cfg, FIXED)
     first_step = run.restore(
-        checkpoint, train, opts,
+        checkpoint, train, nets.opts,
         model=vqgan,
-        disc=disc,
-        disc_opt=disc_opt,
+        disc=nets.disc,
+        disc_opt=nets.disc_opt,
         scaler=run.scaler,
     )
     starts = phase_starts(cfg, checkpoint)
@@ -621,9 +632,9 @@ def main():
             step,
             config=vars(cfg),
             model=vqgan.state_dict(),
-            opts=[opt.state_dict() for opt in opts],
-            disc=disc.state_dict() if disc else None,
-            disc_opt=disc_opt.state_dict() if disc else None,
+            opts=[opt.state_dict() for opt in nets.opts],
+            disc=nets.disc.state_dict() if nets.disc else None,
+            disc_opt=nets.disc_opt.state_dict() if nets.disc else None,
             scaler=run.scaler.state_dict(),
             starts=starts,
             fingerprint=train.fingerprint,
@@ -653,7 +664,7 @@ def main():
         losses = train_step(cfg, nets, clips, frame, step, starts, run)
 
         # log
-        lr = opts[0].param_groups[0]["lr"]
+        lr = nets.opts[0].param_groups[0]["lr"]
         dead_codes = vqgan.quantizer.dead_codes().sum()
         run.log(step, losses, lr=lr, dead_codes=dead_codes)
     print(f"done: {run.path}, the log {run.log_path}, reconstructions {out / 'vqgan.gif'}")
@@ -683,25 +694,29 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         by_shape = {}                                            # kernels of one shape: one batch
         for p in group["params"]:
-            if "momentum" not in self.state[p]:
-                self.state[p]["momentum"] = torch.zeros_like(p)
-            m = self.state[p]["momentum"]
+            if p.grad is None:                                   # frozen, or not used
+                continue
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            m = state["momentum"]
             m.lerp_(p.grad, 1 - group["momentum"])
             u = p.grad.lerp(m, group["momentum"])                            # Nesterov
             u = u.reshape(len(p), -1)                                        # (out, in * kernel)
             by_shape.setdefault(u.shape, []).append((p, u))
         for shape, pairs in by_shape.items():
             updates = orthogonalize(torch.stack([u for _, u in pairs]))
+            step_size = group["lr"] * (0.2 * max(shape) ** 0.5)
             for (p, _), update in zip(pairs, updates):
-                scale = 0.2 * max(shape) ** 0.5
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
+                p.add_(update.reshape(p.shape), alpha=-step_size)
 
 def orthogonalize(u):
     """About U V', where u = U S V' is the singular value decomposition: all singular values become
     roughly 1. (..., m, n) -> (..., m, n)"""
     if u.shape[-2] > u.shape[-1]:
         return orthogonalize(u.mT).mT
-    u = u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norm = u.norm(dim=(-2, -1), keepdim=True)
+    u = u / (norm + 1e-7)
     if u.device.type == "cpu":
         return newton_schulz_on_cpu(u)
     return newton_schulz(u.half()).float()
@@ -723,13 +738,8 @@ def make_optimizers(model, lr):
             kernels.append(m.weight)
     ids = {id(p) for p in kernels}
     others = [p for p in model.parameters() if id(p) not in ids]
-    return [Muon(kernels, lr), make_adam(others, lr, betas=(0.9, 0.99))]
-
-def make_adam(parameters, lr, betas):
-    """Adam in the form that is fastest where the parameters are."""
-    parameters = list(parameters)
-    on_gpu = parameters[0].is_cuda
-    return torch.optim.Adam(parameters, lr, betas, fused=on_gpu, foreach=not on_gpu)
+    adam = torch.optim.Adam(others, lr, (0.9, 0.99), foreach=True)   # 3 times as fast on a CPU
+    return [Muon(kernels, lr), adam]
 
 # --------------------------------------------------------------------------------------------------
 # borrowed: VGG16 (Simonyan & Zisserman 2015), for the perceptual loss
@@ -743,7 +753,7 @@ class VGG16(nn.Module):
     def __init__(self):
         super().__init__()
         layers, C = [], 3
-        for D, convolutions in zip((64, 128, 256, 512, 512), (2, 2, 3, 3, 3)):
+        for D, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
             for _ in range(convolutions):
                 layers.append(nn.Conv2d(C, D, 3, padding=1))
                 layers.append(nn.ReLU())
@@ -782,25 +792,26 @@ def load_vgg(path=""):
                                                        check_hash=True, weights_only=True)
         elif str(path).endswith(".npz"):
             with np.load(path, allow_pickle=False) as arrays:
-                state = {k: torch.from_numpy(v).float() for k, v in arrays.items()}
+                state = {k: torch.from_numpy(v) for k, v in arrays.items()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         vgg = VGG16()
-        vgg.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")})
+        features = {k: v for k, v in state.items() if k.startswith("features.")}
+        vgg.load_state_dict(features)
     except Exception as e:                                       # no network, a damaged file
         raise UserError(f"the perceptual loss needs VGG16's weights ({path or Path(VGG_URL).name}: "
                         f"{first_line(e)}): download {VGG_URL} and give --vgg PATH, or leave the "
-                        "loss out (--perceptual 0 in training, no --vgg in evaluate.py)")
+                        "loss out with --perceptual 0")
     return vgg.eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------
 # CPU workarounds, torch 2.13: without them newton_schulz() and nn.Conv3d would do
 
 def newton_schulz_on_cpu(u):
-    """newton_schulz() in half the time, in float32 only: small errors grow with the products.
+    """newton_schulz() in half the time. It needs float32: the products amplify rounding errors.
 
-    Each iteration multiplies u by a polynomial in the first u u', a small matrix. So these are
-    multiplied together first, and u, which is often ten times as long, only once.
+    Each iteration multiplies u by a polynomial p of the small matrix u u'. Here the five p are
+    multiplied together first, and u, often ten times as long, once at the end.
     """
     a = u @ u.mT
     eye = torch.eye(u.shape[-2])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import diffusion
+import evaluate
 import sample
 import vqgan3d
 from conftest import load, read_log, same
@@ -480,7 +481,7 @@ def test_windows_follow_from_given_frames(monkeypatch):
     for x, t in inputs[:4]:
         assert (t == t[0, 0]).all()
     for x, t in inputs[4:8]:
-        assert torch.equal(x[:, :, :2], long[:, :, 2:4])
+        assert torch.equal(x[:, :, :2], long[:, :, 2:4].clamp(-1, 1))         # as pixels are
         assert (t[:, :2] == 0).all()
         assert (t[:, 2:] == t[0, 3]).all()
     assert torch.allclose(long[1:2], draw([6], labels[1:2], 1.0), atol=1e-3)
@@ -770,6 +771,9 @@ def test_a_stage_1_without_a_codebook_in_use_is_refused(clips, stage1, stage2, m
     result = main(diffusion, *stage2.flags, "--out", "run")
     assert result.code == 1
     assert "its codebook is not in use yet" in result.err
+    result = main(evaluate, "--vqgan", "run/vqgan.pt", "--data_dir", stage1.home, "--device", "cpu")
+    assert result.code == 0, result.err
+    assert "stage 1 does not quantise yet" in result.out
 
 def test_a_network_that_is_no_number_never_replaces_a_checkpoint(stage1, stage2, main):
     """A run that diverges between two looks at its loss, saves what is left of it at the next
@@ -792,6 +796,23 @@ def test_refusals(stage1, stage2, main):
     assert "--mults" in error("--vqgan", stage1.path, "--mults", "1,1,1,1")
     assert "--width 9" in error("--vqgan", stage1.path, "--width", 9)
     assert "--noise_schedule sine" in error("--vqgan", stage1.path, "--noise_schedule", "sine")
+
+def test_fewer_timesteps_than_the_default_number_of_steps(stage1, stage2, main):
+    """Previews of 25 steps, which 10 time steps do not have, end the training before it begins."""
+    flags = ["--vqgan", stage1.path, "--timesteps", 10, "--steps", 2, "--eval_every", 2]
+    result = main(diffusion, *stage2.flags, "--out", "run", *flags)
+    assert result.code == 0, result.err
+    result = main(sample, "--checkpoint", "run/diffusion.pt", "--n", 2, "--device", "cpu")
+    assert result.code == 0, result.err
+    assert "10 steps" in result.out
+
+def test_too_little_memory_is_no_fault_of_the_checkpoint(stage2, monkeypatch):
+    """A GPU that another program has filled, and the advice to train anew."""
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(diffusion, "LatentDiffusion", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_diffusion(stage2.path)
 
 def test_unusable_checkpoints(stage1, stage2, tmp_path):
     """A stack trace for a file that is damaged, or of the other stage."""

@@ -257,13 +257,14 @@ def test_a_cover_in_a_video_is_not_the_video():
     with pytest.raises(ValueError, match="no video stream"):
         data.video_stream(container)
 
-def test_too_little_memory_is_no_damage(tmp_path, monkeypatch):
+@pytest.mark.parametrize("function", ["on_black", "resize_crop"])
+def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, function):
     """A video that is cut in the cache for good, because memory was short for a moment."""
-    gif(tmp_path / "set" / "0.gif")
+    frames(tmp_path / "set" / "0", [f"{i:02d}.png" for i in range(12)])
     def no_memory(*args):
         raise MemoryError
     with monkeypatch.context() as patch:
-        patch.setattr(data, "resize_crop", no_memory)
+        patch.setattr(data, function, no_memory)
         with pytest.raises(MemoryError):
             videos(tmp_path / "set", tmp_path)
     assert videos(tmp_path / "set", tmp_path).videos[0].frames == 12

@@ -139,6 +139,10 @@ def test_classes_by_name_and_by_number(stage2, main):
         assert main(sample, *flags, "--classes", text).code == 0
         _, protocol = read_samples("s")
         assert protocol["labels"] == labels
+    flags[flags.index("--n") + 1] = 0                                 # four of each class asked for
+    assert main(sample, *flags, "--classes", "wave").code == 0
+    _, protocol = read_samples("s")
+    assert protocol["labels"] == [1, 1, 1, 1]
     for text, name in ("wiggle", "wiggle"), ("spin,2", "2"), ("-1", "-1"):
         result = main(sample, *flags, f"--classes={text}")
         assert result.code == 1

@@ -365,6 +365,15 @@ def test_muon_steps_are_orthogonal_and_downhill():
         assert 0.6 < values.min()
         assert values.max() < 1.3
 
+def test_muon_skips_a_kernel_without_a_gradient():
+    """A stack trace for a layer that a fork has frozen; momentum that goes on moving it."""
+    frozen = torch.nn.Parameter(torch.ones(4, 4))
+    trained = torch.nn.Parameter(torch.ones(4, 4))
+    trained.grad = torch.randn(4, 4)
+    vqgan3d.Muon([frozen, trained], lr=0.1).step()
+    assert (frozen == 1).all()
+    assert (trained != 1).any()
+
 def test_newton_schulz_of_nearly_singular_matrices():
     """Too few digits on a GPU, or in the form for CPUs: singular values of 12 instead of 1."""
     left, _, right = torch.linalg.svd(torch.randn(64, 256).double(), full_matrices=False)
