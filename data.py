@@ -255,7 +255,7 @@ def natural_key(path):
 def list_folder_entries(folder):
     """(files, folders) in natural order, without hidden ones (.DS_Store, ._1.jpg, __MACOSX)"""
     paths = [p for p in Path(folder).iterdir() if not p.name.startswith((".", "__MACOSX"))]
-    paths.sort(key=natural_key)
+    paths.sort(key=lambda path: natural_key(path.name.casefold()))
     folders = [p for p in paths if p.is_dir()]
     files = [p for p in paths if not p.is_dir()]
     return files, folders
@@ -383,13 +383,14 @@ def list_ucf101(data_dir, split):
     class_list, split_list = lists / "classInd.txt", lists / f"{split}list01.txt"
     if not class_list.is_file() or not split_list.is_file():
         return Listing([], [], classes=None)
-    classes = find_in_lines(r"^\d+ +(\S+)\s*$", class_list)        # "1 ApplyEyeMakeup"
-    if not classes:
+    classes = find_in_lines(r"^[ \t]*\d+[ \t]+(\S+)[ \t]*$", class_list)      # "1 ApplyEyeMakeup"
+    lines = find_in_lines(r"^[ \t]*\S", class_list)
+    if not classes or len(classes) < len(lines):
         raise UserError(f"{class_list} must hold lines of a number and a class: fetch the split "
                         f"lists again. {expected('ucf101', data_dir)}")
     class_of = {name.lower(): name for name in classes}
     sources, remarks = [], []
-    for name in find_in_lines(r"^\S+", split_list):               # "Bend/v_Bend_g01_c01.avi 1"
+    for name in find_in_lines(r"^[ \t]*(\S+)", split_list):       # "Bend/v_Bend_g01_c01.avi 1"
         label = class_of.get(name.split("/")[0].lower())
         if label is None or ".." in Path(name).parts or not (root / name).is_file():
             remarks.append(Remark(name, "listed, but not there"))
@@ -623,6 +624,8 @@ def resample(frames, fps):
     if last is not None and count / fps < last.seconds - first.seconds + 1e-4:
         yield last
 
+EXIF_TURNS = {3: 2, 4: 2, 5: 3, 6: 3, 7: 1, 8: 1}        # orientation: quarter turns to the left
+
 def read_picture(path):
     """An image file as a viewer shows it -> Frame
 
@@ -630,12 +633,18 @@ def read_picture(path):
     """
     try:
         with iio.imopen(path, "r", plugin="pillow") as file:
-            if file.metadata(index=0)["mode"].startswith("I"):    # 16 bits
-                grey = file.read(index=0, rotate=True) // 257
+            meta = file.metadata(index=0, exclude_applied=False)
+            if meta["mode"].startswith("I"):                      # 16 bits
+                grey = file.read(index=0) // 257
                 image = grey.astype(np.uint8)[..., None].repeat(3, -1)
             else:
-                image = on_black(file.read(index=0, mode="RGBA", rotate=True))
-            return Frame(image, 1.0, None)
+                image = on_black(file.read(index=0, mode="RGBA"))
+        # imageio's own rotate=True takes the channels of mirrored grey pictures for an axis
+        orientation = meta.get("Orientation")
+        image = np.rot90(image, EXIF_TURNS.get(orientation, 0))
+        if orientation in (2, 4, 5, 7):                           # mirrored
+            image = image[:, ::-1]
+        return Frame(image, 1.0, None)
     except MemoryError:                                           # no fault of the file
         raise
     except Exception as e:
@@ -801,9 +810,12 @@ def probe(path):
 def cache_folder(data, data_dir):
     """<data_dir>/cache, or runs/<data>/cache where the data folder cannot be written."""
     try:
-        return output_folder(Path(data_dir) / "cache")
+        folder = output_folder(Path(data_dir) / "cache")
+        if os.access(folder, os.W_OK):
+            return folder
     except OSError:
-        return output_folder(Path("runs") / run_name(data) / "cache")
+        pass
+    return output_folder(Path("runs") / run_name(data) / "cache")
 
 def cache_path(folder, source, size, fps):
     """The cache file of a source. Its name has a hash of all that determines its content: the path
@@ -966,8 +978,8 @@ def hold_out(videos, split):
     """Train or test part of a set that has no splits of its own.
 
     About a tenth is held out, chosen by a hash of each name, so that adding a video moves no other.
-    In a small set no hash may be below a tenth: then the lowest is held out, and a new video can
-    take its place. The highest is never held out. A single video is in both parts.
+    In a small set it can happen that no hash is below a tenth. Then the lowest is held out, and a
+    new video can take its place. The highest is never held out. A single video is in both parts.
     """
     if len(videos) < 2:
         return videos
@@ -1084,7 +1096,7 @@ class Videos:
                 i = k % len(self)                                 # all once, then all again
             last_round = max(1, (n - 1) // len(self))             # counted from 0
             start = (self.num_windows(i) - 1) * (k // len(self)) // last_round
-            clips.append(self.window(i, start))
+            clips.append(np.array(self.window(i, start)))         # a copy: a map keeps a file open
             labels.append(self.videos[i].label)
         return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
 
@@ -1454,7 +1466,8 @@ class Run:
         self.num_rows = 0            # of the log
 
     def resume(self, cfg, fixed):
-        """The checkpoint to go on from, or None. The log is cut back to what it was then.
+        """The checkpoint to go on from, or None. The log is cut back to what it was then; that of a
+        new run is replaced by its first row.
 
         Raises UserError if one of the flags in `fixed`, which make the network and the data, has
         another value than then; other changes are printed. A flag that the checkpoint does not
@@ -1482,11 +1495,9 @@ class Run:
         if len(set(gather(step))) > 1:                            # all must go on from one step
             raise UserError(f"the processes found different checkpoints at {self.path}: --out must "
                             "be a folder that all machines share")
-        if not RANK:
-            rows = []
-            if checkpoint and self.log_path.exists():
-                rows = self.log_path.read_bytes().splitlines(keepends=True)
-                rows = rows[:checkpoint["log_rows"]]
+        if not RANK and checkpoint and self.log_path.exists():
+            rows = self.log_path.read_bytes().splitlines(keepends=True)
+            rows = rows[:checkpoint["log_rows"]]
             with replacing(self.log_path) as temporary:
                 temporary.write_bytes(b"".join(rows))
             self.num_rows = len(rows)
@@ -1600,7 +1611,7 @@ class Run:
         if RANK:
             return
         row = {name: float(f"{value:.6g}") for name, value in row.items()}
-        with open(self.log_path, "a") as f:
+        with open(self.log_path, "a" if self.num_rows else "w") as f:        # a new run: a new log
             f.write(json.dumps(dict(step=step, **row)) + "\n")
         self.num_rows += 1
 

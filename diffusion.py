@@ -101,7 +101,7 @@ PRESETS = {
         grad_accum_steps=2,
         noise_shift=4.0,
     ),
-    "--pixels": dict(             # added to the set's preset; 13 GB, from shapes
+    "--pixels": dict(             # added to the set's preset; for sky 13 GB, from shapes
         size=64,
         grad_accum_steps=16,
         noise_shift=1.0,
@@ -684,7 +684,8 @@ class Latents:
         return samples, torch.where(labels < 0, null_label, labels)
 
     def batch(self, step):
-        """All that is random in a step: samples for to_latents(), the output of draw_noise()."""
+        """The random draws of a step, except dropout: samples for to_latents(), and those of
+        draw_noise()."""
         cfg = self.model.config
         rng = np.random.default_rng((cfg.seed, step))
         samples, labels = self.fetch(cfg.batch_size, rng)
@@ -706,7 +707,7 @@ class Latents:
         for i in range(16):
             rng = np.random.default_rng((seed, i))
             samples, _ = self.fetch(64, rng)
-            z.append(self.to_latents(samples))                   # plain z: mean and std are 0 and 1
+            z.append(self.to_latents(samples))                   # not yet shifted or scaled
         z = torch.cat(z)
         mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
@@ -732,7 +733,7 @@ def encode_dataset(model, videos, n, folder, autocast):
     path = folder / f"latents-{key.hexdigest()[:16]}.npy"
     if open_array(path, np.float16) is None:
         for old in folder.glob(f"latents-{'[0-9a-f]' * 16}.npy"):
-            old.unlink()
+            old.unlink(missing_ok=True)
         with replacing(path) as temporary:
             z = new_array(temporary, np.float16, (n, *model.shape))
             for k in tqdm(range(0, n, 16), desc="encoding", unit_scale=16, unit=" clips"):
@@ -824,8 +825,8 @@ def evaluate_and_preview(model, held_out, guidance, autocast, path):
     return dict(held_out_loss=loss)
 
 def draw_noise(cfg, model, labels, stream):
-    """All that is random in a step, for the whole batch: u (B,) in [0, 1), and what
-    denoising_loss() takes: t, eps, labels, num_cond. stream: a torch.Generator."""
+    """The random draws of a step besides clips and dropout, for the whole batch: u (B,) in [0, 1),
+    and what denoising_loss() takes: t, eps, labels, num_cond. stream: a torch.Generator."""
     B, T = len(labels), model.shape[1]
     null_label = model.unet.num_classes
     # u spread evenly over [0, 1) gives less variance than independent ones (Kingma et al. 2021)

@@ -223,7 +223,7 @@ def open_samples(path, frames, size):
     video or folder of frames in it is one clip, resized and cropped to size.
     """
     path = Path(path)
-    if (path / "samples.npy").exists():                      # the previews beside it are none
+    if (path / "samples.npy").exists():                      # its GIFs are previews, not samples
         raise UserError(f"{path} is the folder of a run: give {path}/samples.npy")
     if path.is_dir():
         return read_folder(path, frames, size)
@@ -545,7 +545,7 @@ def main():
         raise UserError(f"--dtype {cfg.dtype}: must be float32 or bfloat16, for the protocol")
     wrong_length = cfg.frames < 10 or (cfg.c3d and cfg.frames != 16)
     if wrong_length and not cfg.vqgan:
-        raise UserError(f"--frames {cfg.frames}: I3D needs at least 10 frames, C3D exactly 16")
+        raise UserError(f"--frames {cfg.frames}: FVD is for 10 frames or more, C3D for exactly 16")
     path = report_path(cfg)
     device, _ = pick_device(cfg.device, cfg.dtype)
     start_processes(device)

@@ -124,6 +124,7 @@ def test_a_grid_shows_each_video_in_its_place(tmp_path):
 
 @pytest.mark.parametrize("names", [
     ["frame_9", "frame_10", "frame_11", "frame_100"],
+    ["IMG_9", "img_10", "IMG_11", "img_100"],
     ["00-00-00-875", "00-00-01-000", "00-00-01-375", "00-00-02-000"],
     ["clip7_1", "clip7_2", "clip7_10", "clip7_100"]])
 def test_frames_come_in_natural_order(tmp_path, names):

@@ -797,6 +797,14 @@ def test_refusals(stage1, stage2, main):
     assert "--width 9" in error("--vqgan", stage1.path, "--width", 9)
     assert "--noise_schedule sine" in error("--vqgan", stage1.path, "--noise_schedule", "sine")
 
+def test_a_fresh_start_that_is_refused_keeps_the_log(stage2, finished, main):
+    """A name mistyped beside --fresh, and the log of the run that is still there is empty."""
+    rows = read_log(Path("run/diffusion.pt"))
+    result = main(diffusion, *stage2.flags, "--out", "run", "--fresh", "--vqgan", "typo.pt")
+    assert result.code == 1
+    assert rows
+    assert read_log(Path("run/diffusion.pt")) == rows
+
 def test_fewer_timesteps_than_the_default_number_of_steps(stage1, stage2, main):
     """Previews of 25 steps, which 10 time steps do not have, end the training before it begins."""
     flags = ["--vqgan", stage1.path, "--timesteps", 10, "--steps", 2, "--eval_every", 2]

@@ -442,7 +442,7 @@ def test_reconstruction_of_a_known_error():
 
 def test_reconstructions_of_a_trained_stage_1(stage1, main):
     """A report that is not written beside the checkpoint; clips of the train split; a GIF without
-    the clips or without the reconstructions. I3D needs 10 frames, so there is no rFVD of 8."""
+    the clips or without the reconstructions. FVD is for 10 frames or more, so there is no rFVD of 8."""
     shutil.copy(stage1.path, "vqgan.pt")
     result = main(evaluate, "--vqgan", "vqgan.pt", "--data_dir", stage1.home, "--device", "cpu")
     assert result.code == 0, result.err

@@ -233,6 +233,20 @@ def test_pictures_of_all_kinds(tmp_path):
     assert (alpha[8:] == 200).all()
     assert abs(exif[..., 0].astype(int) - np.rot90(ramp * 255, -1)).max() < 6
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_as_pillow_turns_them(tmp_path, mode, orientation):
+    """A mirrored picture that is turned the wrong way, or whose channels change places."""
+    from PIL import Image, ImageOps
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert(mode)
+    exif = image.getexif()
+    exif[0x112] = orientation
+    image.save(tmp_path / "picture.png", exif=exif)
+    found, *_ = data.read_picture(tmp_path / "picture.png")
+    shown = ImageOps.exif_transpose(Image.open(tmp_path / "picture.png"))
+    assert np.array_equal(found, np.array(shown.convert("RGB")))
+
 def test_a_download_that_broke_off_is_named(tmp_path, capsys):
     """Half of a file, of which the decoder says nothing: a short video that nobody misses."""
     (tmp_path / "set").mkdir()
@@ -268,6 +282,21 @@ def test_too_little_memory_is_no_damage(tmp_path, monkeypatch, function):
         with pytest.raises(MemoryError):
             videos(tmp_path / "set", tmp_path)
     assert videos(tmp_path / "set", tmp_path).videos[0].frames == 12
+
+def test_many_fixed_clips_need_few_open_files(tmp_path):
+    """More held-out clips than a process may have open files, and a stack trace."""
+    resource = pytest.importorskip("resource")
+    gif(tmp_path / "set" / "0.gif")
+    found = data.Videos(tmp_path / "set", tmp_path, "train", 16, frames=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    first_free = os.open(tmp_path, os.O_RDONLY)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free + 10, hard))
+    try:
+        clips, _ = found.fixed(50)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert clips.shape == (50, 2, 16, 16, 3)
 
 # ---- arrays ----
 
@@ -380,11 +409,14 @@ def test_lists_from_windows(tmp_path):
     lists = tmp_path / "ucfTrainTestlist"
     lists.mkdir()
     gif(tmp_path / "UCF-101" / "Bend" / "v.gif")
-    (lists / "classInd.txt").write_bytes(b"\xef\xbb\xbf1 Bend\r\n2 Jump\r\n")
-    (lists / "trainlist01.txt").write_bytes(b"\xef\xbb\xbfBend\\v.gif 1\r\n")
+    (lists / "classInd.txt").write_bytes(b"\xef\xbb\xbf1 Bend\r\n 2\tJump \r\n\r\n")
+    (lists / "trainlist01.txt").write_bytes(b"\xef\xbb\xbfBend\\v.gif 1\r\n bend/v.gif 1\r\n")
     listing = data.list_ucf101(tmp_path, "train")
     assert listing.classes == ["Bend", "Jump"]
     assert [s.class_name for s in listing.sources] == ["Bend"]
+    (lists / "classInd.txt").write_text("1 Bend\nJump\n")
+    with pytest.raises(data.UserError, match="lines of a number and a class"):
+        data.list_ucf101(tmp_path, "train")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere all names are Unicode")
 def test_names_that_are_no_utf8(tmp_path, main):
