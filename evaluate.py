@@ -51,6 +51,7 @@ class Config:
     out: str = ""                 # folder of the JSON; empty: runs/<data>, or that of --vqgan
     # what is measured
     fake: str = ""                # samples: .npy, .npz or a folder; empty: runs/<data>/samples.npy
+    real: str = ""                # a set like --fake to compare with, instead of real videos
     floor: bool = False           # instead, compare clips of two disjoint halves of the real videos
     vqgan: str = ""               # instead, measure the reconstructions of this stage-1 checkpoint
     # the protocol
@@ -327,8 +328,16 @@ def evaluate_samples(cfg, device):
     samples = open_samples(path, cfg.frames, cfg.size)
     settings = read_settings(path)
     n = min(cfg.n, len(samples))
-    videos = open_real(cfg)
-    warnings = check_count(n, count_windows(videos)) + check_samples(cfg, samples, settings)
+    if cfg.real:
+        reference = open_samples(cfg.real, cfg.frames, cfg.size)
+        n = available = min(n, len(reference))
+        if reference[0].shape[1] != cfg.size:
+            raise UserError(f"{cfg.real} has {reference[0].shape[1]} pixels a side: give this "
+                            "number as --size")
+    else:
+        videos = open_real(cfg)
+        available = count_windows(videos)
+    warnings = check_count(n, available) + check_samples(cfg, samples, settings)
 
     chosen = split_into_runs(len(samples), n, cfg.runs)                      # (sets, n)
     sets = len(chosen)
@@ -345,7 +354,12 @@ def evaluate_samples(cfg, device):
     fake = fake.reshape(sets, n, -1)                                         # (sets, n, 400)
     pairs = []
     for run in range(cfg.runs):
-        real = real_logits(cfg, i3d, videos, n, run)
+        if cfg.real:
+            order = np.random.default_rng(run).permutation(len(reference))
+            drawn = Subset(reference, order[:n])
+            real = i3d_logits(i3d, drawn, cfg.batch_size, cfg.real, cfg.dtype)
+        else:
+            real = real_logits(cfg, i3d, videos, n, run)
         pairs.append((real, fake[run % sets]))
     metrics = compare_sets(cfg, pairs, "samples")
     if c3d:
@@ -389,6 +403,8 @@ def compare_sets(cfg, pairs, fake_name):
     real_name = f"{run_name(cfg.data)} train windows, stride {cfg.stride}"
     if cfg.fps:
         real_name += f", {cfg.fps:g} frames a second"
+    if cfg.real:
+        real_name = cfg.real
     protocol = (f"I3D logits in {cfg.dtype}; {n} {fake_name} against {n} {real_name}; "
                 f"{cfg.frames} frames, {cfg.size}x{cfg.size}")
     fvd = [frechet_distance(real, fake) for real, fake in pairs]
@@ -414,7 +430,10 @@ def check_samples(cfg, samples, settings):
     if H != W:
         warnings.append(f"the samples have {H} x {W} pixels: I3D sees them squeezed into a square")
     actual = dict(size=H) | settings
-    for name in ("size", "frames", "data", "stride", "fps"):
+    names = ["size", "frames"]
+    if not cfg.real:                                         # which has no data, stride or fps
+        names += ["data", "stride", "fps"]
+    for name in names:
         scored = getattr(cfg, name)
         if actual.get(name, scored) != scored:
             warnings.append(f"the samples were made with {name} {actual[name]} and are scored with "
@@ -539,8 +558,8 @@ def main():
     cfg = parse_flags(Config)
     if bool(cfg.vqgan) + bool(cfg.fake) + cfg.floor > 1:
         raise UserError("--vqgan, --floor and --fake are different measurements: choose one")
-    if cfg.c3d and (cfg.vqgan or cfg.floor):
-        raise UserError("--c3d is for samples: leave it off with --vqgan and --floor")
+    if (cfg.real or cfg.c3d) and (cfg.vqgan or cfg.floor):
+        raise UserError("--real and --c3d are for samples: leave them off with --vqgan and --floor")
     if cfg.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {cfg.dtype}: must be float32 or bfloat16, for the protocol")
     wrong_length = cfg.frames < 10 or (cfg.c3d and cfg.frames != 16)
