@@ -183,7 +183,7 @@ KINDS = [
     Kind("jpeg frame", "clips/wave/frames/3.jpg", read_folder),
     Kind("class list", "ucfTrainTestlist/classInd.txt", read_ucf101),
     Kind("split list", "ucfTrainTestlist/trainlist01.txt", read_ucf101),
-    Kind("cached video", "cache/clips-*/2-16-*.npy", read_folder),
+    Kind("cached video", "cache/clips/2-16-*.npy", read_folder),
     Kind("latents", "run/latents-*.npy", read_latents),
     Kind("samples.npy", "samples.npy", read_npy),
     Kind("samples.npz", "samples.npz", read_npz),
