@@ -4,7 +4,8 @@
 
 A tiny run of each stage meets one fault after another: SIGKILL at a random moment, in the middle of
 writing a checkpoint or a line of the log, or before or after a file gets its name; SIGTERM, which
-asks it to stop; or a full disk. After each fault the same command runs again. Then
+asks it to stop, or ends it in one line before training has begun; or a full disk. After each fault
+the same command runs again. Then
     the checkpoint must be readable, and not older than the one before,
     no traceback may be printed, and a full disk must be said in one line,
     and when training is done, the checkpoint must be equal, bit for bit, to that of a run that met
@@ -170,11 +171,12 @@ def find_problem(result, fault, path, step, expected):
     """
     if "Traceback" in result.text:
         return "a traceback"
-    if result.status > 0 and fault != DISK_FULL:
-        return f"exit status {result.status}"
     last_line = (result.text.strip().splitlines() or [""])[-1]
-    if result.status > 0 and not last_line.startswith("error: cannot write"):
-        return "the full disk is not named"
+    expected_words = {DISK_FULL: "error: cannot write", STOPPED: "error: interrupted"}
+    if result.status > 0 and fault not in expected_words:
+        return f"exit status {result.status}"
+    if result.status > 0 and not last_line.startswith(expected_words[fault]):
+        return "what ended it is not named"
     if result.status < 0 and not fault:
         return f"killed by signal {-result.status}"
     try:
