@@ -850,8 +850,8 @@ def loss_by_time(history):
     """
     losses = torch.cat([losses for losses, _ in history])                    # (N,)
     u = torch.cat([u for _, u in history])
-    quarter = (4 * u).long()
-    quarter = F.one_hot(quarter, 4).float()                                  # (N, 4)
+    index = (4 * u).long()
+    quarter = F.one_hot(index, 4).float()                                    # (N, 4)
     sums = losses @ quarter                                                  # (4,)
     means = sums / quarter.sum(0).clamp_min(1)
     return {f"loss_t{i + 1}": mean for i, mean in enumerate(means)}

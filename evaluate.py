@@ -284,7 +284,7 @@ class Windows:
 
 def count_windows(videos):
     """The number of all windows of a data.Videos"""
-    return sum(map(videos.num_windows, range(len(videos))))
+    return sum(videos.num_windows(i) for i in range(len(videos)))
 
 def real_logits(cfg, model, videos, n, seed, half=None):
     """I3D logits of Windows(videos, n, seed, half): float64 (n, 400).
@@ -293,10 +293,10 @@ def real_logits(cfg, model, videos, n, seed, half=None):
     """
     weights = nn.utils.parameters_to_vector(model.parameters()).cpu().numpy()
     key = videos.fingerprint, videos.size, videos.frames, videos.stride, n, seed, half, cfg.dtype
-    key = repr(key).encode() + weights.tobytes()
-    digest = hashlib.sha256(key).hexdigest()[:16]
+    digest = hashlib.sha256(repr(key).encode())
+    digest.update(weights.tobytes())
     name = f"{run_name(videos.data)}-{videos.split}"
-    path = cache_folder(videos.data, cfg.data_dir) / f"{name}-i3d-{digest}.npy"
+    path = cache_folder(videos.data, cfg.data_dir) / f"{name}-i3d-{digest.hexdigest()[:16]}.npy"
     kept = open_array(path, np.float64)
     if all(gather(kept is not None)):                        # all compute it, or none
         return np.array(kept)
@@ -352,12 +352,13 @@ def evaluate_samples(cfg, device):
     c3d = load_c3d(cfg.c3d).to(device) if cfg.c3d else None
     fake = i3d_logits(i3d, samples, cfg.batch_size, "samples", cfg.dtype)
     fake = fake.reshape(sets, n, -1)                                         # (sets, n, 400)
+    if cfg.real:
+        reference = i3d_logits(i3d, reference, cfg.batch_size, cfg.real, cfg.dtype)
     pairs = []
     for run in range(cfg.runs):
         if cfg.real:
             order = np.random.default_rng(run).permutation(len(reference))
-            drawn = Subset(reference, order[:n])
-            real = i3d_logits(i3d, drawn, cfg.batch_size, cfg.real, cfg.dtype)
+            real = reference[order[:n]]
         else:
             real = real_logits(cfg, i3d, videos, n, run)
         pairs.append((real, fake[run % sets]))
