@@ -101,6 +101,9 @@ def save_grid(path, videos, columns=0, zoom=0):
 
     columns 0: nearly as many as rows. zoom 0: small videos are enlarged.
     """
+    path = Path(path)
+    if path.suffix not in (".gif", ".mp4"):
+        raise UserError(f"{path} must end in .gif or .mp4")
     N, T, H, W, _ = videos.shape
     columns = columns or math.ceil(math.sqrt(N))
     rows = math.ceil(N / columns)
@@ -116,9 +119,6 @@ def save_grid(path, videos, columns=0, zoom=0):
     grid = grid.reshape(T, rows * H, columns * W, 3)
     grid = grid[:, :-1, :-1]
     grid = grid.repeat(zoom, 1).repeat(zoom, 2)
-    path = Path(path)
-    if path.suffix not in (".gif", ".mp4"):
-        raise UserError(f"{path} must end in .gif or .mp4")
     if path.suffix == ".mp4":
         _, H, W, _ = grid.shape                                   # H.264 needs even sides
         grid = np.pad(grid, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")
@@ -182,9 +182,9 @@ def toy_videos(n, frames=16, size=32, seed=0):
         anywhere = rng.uniform(0, 1, 2)
         central = rng.uniform(0.38, 0.62, 2)
         middle = size * np.where(motion, anywhere, central)                 # in mid-clip
-        t = (np.arange(frames)[:, None, None] - frames / 2) * speed
-        dx = (x - middle[0] - motion[0] * t + size / 2) % size - size / 2   # (T, H, W)
-        dy = (y - middle[1] - motion[1] * t + size / 2) % size - size / 2
+        way = (np.arange(frames)[:, None, None] - frames / 2) * speed       # since mid-clip
+        dx = (x - middle[0] - motion[0] * way + size / 2) % size - size / 2  # (T, H, W)
+        dy = (y - middle[1] - motion[1] * way + size / 2) % size - size / 2
         distance = toy_distance(shape, dx, dy, radius)
         alpha = np.clip(0.5 - distance / 2, 0, 1)[..., None]                # (T, H, W, 1)
         video = ground + (colour - ground) * alpha
@@ -391,11 +391,11 @@ def list_ucf101(data_dir, split):
     class_of = {name.lower(): name for name in classes}
     sources, remarks = [], []
     for name in find_in_lines(r"^[ \t]*(\S+)", split_list):       # "Bend/v_Bend_g01_c01.avi 1"
-        label = class_of.get(name.split("/")[0].lower())
-        if label is None or ".." in Path(name).parts or not (root / name).is_file():
+        class_name = class_of.get(name.split("/")[0].lower())
+        if class_name is None or ".." in Path(name).parts or not (root / name).is_file():
             remarks.append(Remark(name, "listed, but not there"))
         else:
-            sources.append(Source(root / name, name, label))
+            sources.append(Source(root / name, name, class_name))
     return Listing(sources, remarks, classes)
 
 def find_in_lines(pattern, path):
@@ -454,14 +454,14 @@ def list_folder(data, split):
     root = splits.get(split, root)
     paths, remarks = find_sources(root)
     names = [p.relative_to(root).as_posix() for p in paths]
-    labels = []
+    class_names = []
     for name in names:
         first, slash, _ = name.partition("/")
-        labels.append(first if slash else "")
+        class_names.append(first if slash else "")
     if split == "train" or not splits:                   # a test split has the classes of train
-        if "" in labels or len(set(labels)) < 2:
+        if "" in class_names or len(set(class_names)) < 2:
             print(f"no classes in {root}: that takes two folders of videos, and no video outside")
-            labels = [""] * len(names)
+            class_names = [""] * len(names)
     if splits:
         names = [f"{split}/{name}" for name in names]
     else:
@@ -471,7 +471,7 @@ def list_folder(data, split):
                 print(f"note: {name} looks like a part of a split, but {root} has no folders train "
                       "and test: a tenth of all videos is held out")
                 break
-    sources = [*map(Source, paths, names, labels)]
+    sources = [*map(Source, paths, names, class_names)]
     return Listing(sources, remarks, classes=None, needs_split=not splits)
 
 def list_sources(data, data_dir, split):
@@ -668,7 +668,8 @@ def on_black(frame):
 
 def read_video_file(path):
     """Yield each Frame of a video, turned and mirrored as the file says."""
-    import av                                     # PyAV, imageio's plug-in; arrays need none
+    import av                                     # here: arrays and frames need no PyAV
+    # an absolute path: in a relative one, what comes before a colon would be a protocol
     with av.open(os.path.abspath(path)) as container:
         stream = video_stream(container)
         stream.thread_type = "AUTO"
@@ -736,10 +737,10 @@ class Video(NamedTuple):
         except FileNotFoundError:
             raise UserError(f"{self.path} is gone: run the same command again")
         if self.index >= 0:
-            array = channels_last(array)[self.index]
+            array = move_channels_last(array)[self.index]
         return array
 
-def channels_last(array):
+def move_channels_last(array):
     """View an array of videos as (N, T, H, W, C); ValueError if its axes cannot be told apart.
 
     Known are (N, T, H, W, 3), (N, 3, T, H, W) and (N, T, 3, H, W), each also with 1 channel or
@@ -747,8 +748,8 @@ def channels_last(array):
     10 and N at least a hundred times T.
     """
     if array.ndim == 4 and array.shape[3] not in (1, 3, 4):
-        N, T, _, _ = array.shape
-        if N >= 10 and T >= 100 * N:
+        first, second, _, _ = array.shape
+        if first >= 10 and second >= 100 * first:                 # (T, N, H, W)
             array = array.swapaxes(0, 1)
         return array[..., None]
     for axis in (4, 1, 2):
@@ -772,7 +773,7 @@ def prepare_array(folder, path):
             raise ValueError(f"its values are {array.dtype}")
         if not array.size:
             raise ValueError("it is empty")
-        N, T, H, W, C = channels_last(array).shape
+        N, T, H, W, C = move_channels_last(array).shape
         if max(H, W) > 32 * min(H, W):
             raise ValueError(f"its frames are {W} x {H}, over 32 times as long as wide")
     except Exception as e:                               # a damaged file can raise anything
@@ -792,13 +793,13 @@ def probe(path):
             milliseconds = iio.immeta(path, plugin="pillow").get("duration") or 100
             return iio.improps(path, plugin="pillow").shape[0], 1000 / milliseconds
         import av
-        with av.open(os.path.abspath(path)) as container:          # a colon means a protocol
+        with av.open(os.path.abspath(path)) as container:
             stream = video_stream(container)
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             seconds = (container.duration or 0) / av.time_base
-            lasts = stream.metadata.get("DURATION")               # webm, mkv: sound can be longer
-            if lasts:
-                hours, minutes, rest = map(float, lasts.split(":"))
+            duration = stream.metadata.get("DURATION")            # webm, mkv: sound can be longer
+            if duration:
+                hours, minutes, rest = map(float, duration.split(":"))
                 seconds = 3600 * hours + 60 * minutes + rest
             if not stream.frames and rate > 120:                  # the unit of its times, no rate
                 return 0, 0
@@ -927,15 +928,14 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
             remarks.append(Remark(source.name, kind, detail))
         if count:
             videos.append(Video(source.name, source.class_name, count, path))
-    print_remarks(f"{run_name(data)} {split}", remarks)
+    print_remarks(f"{name} {split}", remarks)
     if not videos:
         raise UserError(f"no usable video for --data {data} ({split} split): "
                         f"{expected(data, data_dir)}")
     return videos, listing.classes, listing.needs_split
 
 def estimate_disk(folder, paths, size, fps, title):
-    """check_disk() for videos that are to be decoded, from at most 64 of them; prints their frame
-    rates."""
+    """check_disk() and print_frame_rates() for videos to be decoded, from at most 64 of them."""
     every = math.ceil(len(paths) / 64)
     some = [probe(path) for path in paths[::every]]
     rates = [rate for _, rate in some if rate]
@@ -945,13 +945,15 @@ def estimate_disk(folder, paths, size, fps, title):
             count *= fps / rate
         total += count
     if rates:
-        slowest, fastest = min(rates), max(rates)
-        span = f"{slowest:.4g} to " if slowest < fastest else ""
-        print(f"{title}: {span}{fastest:.4g} frames a second")
-        if fastest > 1.2 * slowest and not fps:
-            print("note: the same motion has more frames in some videos than in others; "
-                  f"--fps {slowest:.3g} gives all the same rate")
+        print_frame_rates(min(rates), max(rates), fps, title)
     check_disk(folder, total / len(some) * len(paths) * size * size * 3, title)
+
+def print_frame_rates(slowest, fastest, fps, title):
+    span = f"{slowest:.4g} to " if slowest < fastest else ""
+    print(f"{title}: {span}{fastest:.4g} frames a second")
+    if fastest > 1.2 * slowest and not fps:
+        print("note: the same motion has more frames in some videos than in others; "
+              f"--fps {slowest:.3g} gives all the same rate")
 
 def check_disk(folder, need, title):
     """Say how many bytes are going to be written; UserError if the disk has not so many."""
@@ -993,11 +995,12 @@ class Videos:
     """One split: windows of `frames` frames that lie `stride` frames of the video apart. fps: the
     videos are brought to so many frames a second first; 0: they keep the rates they have.
 
-    classes: list of names, or None. Videos too short for one window are counted and named.
-    flip mirrors half of the training clips; crop cuts random squares of that many pixels.
+    flip mirrors half of the training clips; crop cuts random squares of that many pixels. classes:
+    names of the training videos' classes, [] if they have none, None: find them. The attribute
+    .classes is None if there are none. Videos too short for one window are counted and named.
     """
     def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1,
-                 fps=0, flip=False, crop=0):
+                 fps=0, flip=False, crop=0, classes=None):
         if flip and data == "toy":
             raise UserError("--flip would turn right into left, and the toy's classes are "
                             "directions: leave it off")
@@ -1008,11 +1011,13 @@ class Videos:
         self.size, self.frames, self.stride = size, frames, stride
         self.flip, self.crop = flip, crop or size
         self.span = (frames - 1) * stride + 1                     # frames from first to last
-        found, classes, needs_split = prepare(data, data_dir, split, size, frames * stride, fps)
+        found, known, needs_split = prepare(data, data_dir, split, size, frames * stride, fps)
         usable = [v for v in found if v.frames >= self.span]
         remarks = [Remark(v.name, "too short", f"{v.frames} of {self.span} frames")
                    for v in found if v.frames < self.span]
         videos = hold_out(usable, split) if needs_split else usable
+        if classes is None:
+            classes = known
         if classes is None:                                       # those of the training videos
             if split == "train":
                 train = videos
@@ -1054,24 +1059,28 @@ class Videos:
             clip = np.stack([resize_crop(frame, self.size) for frame in clip])
         return clip
 
-    def batch(self, n, rng):
+    def batch(self, n, rng, share=slice(None)):
         """n random windows of random videos: uint8 tensor (n, T, H, W, 3), labels (n,).
 
-        rng: a numpy Generator.
+        rng: a numpy Generator. share: a slice; only these of the n windows are read and returned,
+        with all n labels.
         """
         side = self.crop
-        clips = np.empty((n, self.frames, side, side, 3), np.uint8)
-        labels = np.empty(n, np.int64)
+        clips = []
+        labels = torch.empty(n, dtype=torch.int64)
         for k in range(n):
             i = rng.integers(len(self.videos))
-            clip = self.window(i, rng.integers(self.num_windows(i)))
+            start = rng.integers(self.num_windows(i))
+            y = x = 0
             if side < self.size:
                 y, x = rng.integers(self.size - side + 1, size=2)
-                clip = clip[:, y:y + side, x:x + side]
-            if self.flip and rng.integers(2):
-                clip = clip[:, :, ::-1]
-            clips[k], labels[k] = clip, self.videos[i].label
-        return torch.from_numpy(clips), torch.from_numpy(labels)
+            mirrored = self.flip and rng.integers(2)
+            labels[k] = self.videos[i].label
+            if k in range(n)[share]:
+                clip = self.window(i, start)[:, y:y + side, x:x + side]
+                clip = torch.from_numpy(np.array(clip))
+                clips.append(clip.flip(2) if mirrored else clip)  # numpy's [::-1] is much slower
+        return torch.stack(clips), labels
 
     def draw(self, n, rng, among=None):
         """n random windows, every video once before any twice: a list of (video, start).
@@ -1129,7 +1138,7 @@ def run_main(main):
     sys.exit(f"error: {message}")
 
 def explain(e):
-    """One line for an exception that a user can do something about, else "". """
+    """One line for an exception that a user can act on; an empty string for others."""
     text = str(e)
     if isinstance(e, UserError):
         return text
@@ -1181,7 +1190,10 @@ def parse_flags(Config, presets={}, argv=None):
     """The command line of a Config dataclass: each field is a flag, the comment beside it its help.
 
     A value comes from the flag, else from the preset of --data, else from SETS, else it is the
-    default. Prints the flags given. What is wrong with them is said in one line.
+    default. With --pixels the presets "<set> --pixels" and "--pixels" come before that of the set.
+    No number may be negative; an int must be at least 1, unless its default is 0 or it is in
+    MAY_BE_ZERO; a float whose comment begins with "fraction" is at most 1. Prints the flags given.
+    What is wrong with them is said in one line.
     """
     defaults = vars(Config())
     comments = dict(re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
@@ -1199,16 +1211,16 @@ def parse_flags(Config, presets={}, argv=None):
             parser.add_argument(f"--{name}", type=kind, help=help)
     flags = vars(parser.parse_args(argv))
     set_name = run_name(flags.get("data", Config.data))           # a folder can have a preset too
-    values = {**defaults, **SETS.get(set_name, {}), **presets.get(set_name, {})}
-    if flags.get("pixels"):                                       # a preset that comes with a flag
-        values |= presets["--pixels"]
+    values = defaults | SETS.get(set_name, {}) | presets.get(set_name, {})
+    if flags.get("pixels"):                                       # presets that come with a flag
+        values |= presets["--pixels"] | presets.get(f"{set_name} --pixels", {})
     for name, value in flags.items():
         may_be_zero = isinstance(value, float) or defaults[name] == 0 or name in MAY_BE_ZERO
         smallest = 0 if may_be_zero else 1
         if type(value) in (int, float) and not value >= smallest:     # refuses NaN, too
             parser.error(f"argument --{name}: {value} is too small")
         is_fraction = comments.get(name, "").startswith("fraction")
-        if is_fraction and value > 1:
+        if isinstance(value, float) and is_fraction and value > 1:
             parser.error(f"argument --{name}: {value:g} is not a fraction, from 0 to 1")
         if name == "seed" and value > 10 ** 9:
             parser.error(f"argument --seed: {value} is too large, give at most {10 ** 9}")
@@ -1247,7 +1259,8 @@ def has_native_bf16(device):
     return False
 
 def pick_device(device="auto", dtype="auto"):
-    """-> torch.device, and a function that opens an autocast context of the dtype.
+    """-> torch.device, and a function that opens an autocast context of the dtype. Also lets cuDNN
+    search for its fastest kernels.
 
     Open one for each forward pass: autocast keeps the weights that it has cast until it closes,
     and they are stale once the optimiser has stepped.
@@ -1323,24 +1336,29 @@ def all_reduce_sum(x):
     return x
 
 def average_gradients(*modules):
-    """Replace each gradient by its mean over the processes."""
-    if WORLD > 1:
-        for module in filter(None, modules):
-            for p in module.parameters():
-                if p.grad is not None:
-                    all_reduce_sum(p.grad.div_(WORLD))
+    """Replace each gradient by its mean over the processes. All are sent as one tensor."""
+    if WORLD == 1:
+        return
+    params = [p for module in filter(None, modules) for p in module.parameters()]
+    grads = [p.grad for p in params if p.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    all_reduce_sum(flat.div_(WORLD))
+    sizes = [grad.numel() for grad in grads]
+    for grad, mean in zip(grads, flat.split(sizes)):
+        grad.copy_(mean.view(grad.shape))
 
 def micro_batches(batch_size, grad_accum_steps):
-    """Slices of a batch: this process's share, in grad_accum_steps parts."""
+    """-> the slice of a batch that is this process's share, and slices of the share: its parts"""
     size, rest = divmod(batch_size, WORLD * grad_accum_steps)
     if rest:
         raise UserError(f"--batch_size {batch_size} cannot be divided among {WORLD} process(es) x "
                         f"--grad_accum_steps {grad_accum_steps}: change one of them")
-    first = RANK * grad_accum_steps
-    return [slice(i * size, (i + 1) * size) for i in range(first, first + grad_accum_steps)]
+    n = size * grad_accum_steps
+    parts = [slice(i, i + size) for i in range(0, n, size)]
+    return slice(RANK * n, (RANK + 1) * n), parts
 
-def can_compile(flag, device):
-    """Should torch.compile be used? As --compile says, if a small trial works here; then its
+def set_up_compile(flag, device):
+    """Should torch.compile be used? As --compile says, if a small trial works here. If so, its
     options are set."""
     if flag not in ("auto", "on", "off"):
         raise UserError(f"--compile {flag}: must be auto, on or off")
@@ -1350,12 +1368,12 @@ def can_compile(flag, device):
         trial = torch.compile(lambda x: x.sin() + 1, mode="reduce-overhead")
         for _ in range(3):                                        # CUDA graphs begin at the third
             trial(torch.ones(8, device=device))
-    except Exception as e:                                        # no C compiler, no Triton
+        torch._dynamo.config.suppress_errors = True      # what cannot be compiled runs as it is
+        torch._dynamo.config.cache_size_limit = 64       # shapes and modes of one network
+        torch._functorch.config.donated_buffer = False   # the discriminator has two backward passes
+    except Exception as e:                               # no C compiler, no Triton, an old torch
         print(f"torch.compile does not work here ({first_line(e)}): going on without")
         return False
-    torch._dynamo.config.suppress_errors = True          # what cannot be compiled runs as it is
-    torch._dynamo.config.cache_size_limit = 64           # shapes and modes of one network
-    torch._functorch.config.donated_buffer = False       # the discriminator has two backward passes
     warnings.filterwarnings("ignore", "Dynamo detected a call to a .functools.lru_cache")
     return True
 
@@ -1438,8 +1456,8 @@ def load_checkpoint(path):
         reason = first_line(e)
         if "weights_only" in str(e).lower():
             reason = "it holds more than tensors and plain values, and is not executed"
-        raise UserError(f"{path} is not a usable checkpoint ({reason}): delete it, or train anew "
-                        "with --fresh")
+        raise UserError(f"{path} is not a usable checkpoint ({reason}): give another file, or make "
+                        "it anew with --fresh (vqgan.pt: vqgan3d.py, diffusion.pt: diffusion.py)")
 
 # ---- a training run ----
 
@@ -1454,6 +1472,8 @@ class Run:
     def __init__(self, path, cfg):
         self.path, self.log_path = Path(f"{path}.pt"), Path(f"{path}.jsonl")
         self.fresh = cfg.fresh
+        # this process's slice of a batch, and slices of that share, computed one by one
+        self.share, self.micro_batches = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
         output_folder(self.path.parent)
         self.lock = lock_output(self.path)
         self.device, self.autocast = pick_device(cfg.device, cfg.dtype)
@@ -1507,8 +1527,8 @@ class Run:
     def restore(self, checkpoint, videos, opts, **learners):
         """Load a checkpoint into optimisers, networks and the like -> the step to go on at.
 
-        learners: under the names that they have in the checkpoint, or None. Says so if the videos
-        have changed; UserError if their set has another name as well.
+        learners: name in the checkpoint = what to load it into, or None. Prints a note if the
+        videos have changed; UserError if their set has another name as well.
         """
         if not checkpoint:
             return 0
@@ -1548,8 +1568,8 @@ class Run:
     def prefetch(self, fetch, start, total):
         """Yield fetch(step), a tuple of tensors, for each step from start.
 
-        A thread fetches the next one during the current step; for a GPU into pinned memory, from
-        which a copy need not be waited for.
+        A thread fetches the next one during the current step. For a GPU it pins the memory, so that
+        the copy does not block.
         """
         def fetch_pinned(step):
             tensors = fetch(step)
@@ -1577,7 +1597,7 @@ class Run:
 
     def stop_requested(self, step):
         """Did a signal ask to stop? Several processes must agree: they compare every 20 steps."""
-        if WORLD > 1 and step % LOG_EVERY:
+        if step == self.start or (WORLD > 1 and step % LOG_EVERY):
             return False
         return any(gather(bool(self.signals)))
 
@@ -1672,8 +1692,11 @@ def main():
     cfg = parse_flags(Config)
     if cfg.download:
         download(cfg.data, cfg.data_dir)
+    classes = None
     for split in ("train", "test"):
-        videos = Videos(cfg.data, cfg.data_dir, split, cfg.size, cfg.frames, cfg.stride, cfg.fps)
+        videos = Videos(cfg.data, cfg.data_dir, split, cfg.size, cfg.frames, cfg.stride, cfg.fps,
+                        classes=classes)
+        classes = videos.classes or []
         frames = sum(v.frames for v in videos.videos)
         print(f"{split}: {len(videos)} videos, {frames} frames, "
               f"{frames * cfg.size ** 2 * 3 / 1e9:.2f} GB, {len(videos.classes or [])} classes")

@@ -32,10 +32,10 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import (LOG_EVERY, RANK, WORLD, Run, UserError, Videos, average_gradients, can_compile,
-                  explain, first_line, load_checkpoint, main_process_first, micro_batches,
-                  new_array, open_array, parse_flags, replacing, run_main, run_name, save_grid,
-                  to_float, to_uint8)
+from data import (LOG_EVERY, RANK, WORLD, Run, UserError, Videos, average_gradients, explain,
+                  first_line, load_checkpoint, main_process_first, new_array, open_array,
+                  parse_flags, replacing, run_main, run_name, save_grid, set_up_compile, to_float,
+                  to_uint8)
 from vqgan3d import Conv3d, build_vqgan, cosine_lr, make_optimizers
 
 @dataclass
@@ -58,12 +58,12 @@ class Config:
     head_dim: int = 64            # channels of an attention head
     dropout: float = 0.0          # fraction of values set to zero, in the residual blocks
     # the diffusion
-    timesteps: int = 1000         # T of DDPM
+    timesteps: int = 1000         # noise levels
     noise_schedule: str = "cosine"     # cosine (Nichol & Dhariwal 2021) or linear (Ho et al. 2020)
     noise_shift: float = 1.0      # multiplies sigma / alpha; latents of many positions need more
     predict: str = "v"            # output of the network: v (Salimans & Ho 2022) or eps, the noise
     label_drop: float = 0.1       # fraction of labels replaced by the null label, for guidance
-    cond_prob: float = 0.25       # fraction of clips whose first 0 to T - 1 latent frames are given
+    cond_prob: float = 0.25       # fraction of clips of which the first latent frames are given
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
@@ -104,16 +104,21 @@ PRESETS = {
     "--pixels": dict(             # added to the set's preset; for sky 13 GB, from shapes
         size=64,
         grad_accum_steps=16,
-        noise_shift=1.0,
+        noise_shift=1.0,          # as VDM
+    ),
+    "toy --pixels": dict(         # added to both
+        size=32,
+        grad_accum_steps=1,
     ),
 }
 # flags that a resumed run cannot change
-FIXED = ("pixels", "size", "frames", "stride", "fps", "flip", "width", "mults", "blocks",
-         "full_attention_tokens", "head_dim", "timesteps", "noise_schedule",
-         "noise_shift", "predict", "seed")
+FIXED = ("pixels", "width", "mults", "blocks", "full_attention_tokens", "head_dim", "timesteps",
+         "noise_schedule", "noise_shift", "predict", "seed")
+FIXED_PIXELS = FIXED + ("size", "frames", "stride", "fps", "flip")
 
 # --------------------------------------------------------------------------------------------------
-# the U-Net. A convolution in space sees frames as images, so x is (B*T, C, H, W) throughout
+# the U-Net. A convolution in space sees frames as images, so x is (B*T, C, H, W) throughout.
+# GroupNorm and attend(), softmax attention with a bias, are at the end of the file
 
 class ResBlock(nn.Module):
     """A convolution in space, one in time, and one in space; noise level and label scale and shift
@@ -219,13 +224,13 @@ def relative_index(T, size, max_distance, device):
     return (t * offsets + y) * offsets + x
 
 class UNetBlock(nn.Module):
-    """A residual block, then an Attention for each of the axes."""
-    def __init__(self, C, D, E, config, size, *axes):
+    """A residual block, then the attentions: each over "time", "space" or "both"."""
+    def __init__(self, C, D, E, config, size, *attentions):
         super().__init__()
         self.block = ResBlock(C, D, E, config.dropout)
         self.attention = nn.ModuleList()
-        for name in axes:
-            self.attention.append(Attention(D, config.head_dim, name, size))
+        for axes in attentions:
+            self.attention.append(Attention(D, config.head_dim, axes, size))
 
     def forward(self, x, emb, T):
         x = self.block(x, emb, T)
@@ -252,11 +257,11 @@ class UNet(nn.Module):
         widths = [c.width * m for m in c.mults]
         sizes = [size >> i for i in range(len(widths))]
         # attention over everything is quadratic in the positions: where there are many, time alone
-        level_axes = []
+        level_attention = []
         for n in sizes:
             few = frames * n * n <= c.full_attention_tokens
-            level_axes.append("both" if few else "time")
-        middle_axes = ["both"] if level_axes[-1] == "both" else ["space", "time"]
+            level_attention.append("both" if few else "time")
+        middle_attentions = ["both"] if level_attention[-1] == "both" else ["space", "time"]
         E = 2 * c.width
         self.emb = nn.Sequential(
             nn.Linear(c.width, E),
@@ -272,18 +277,18 @@ class UNet(nn.Module):
         skips = [C]
         for i, D in enumerate(widths):
             for _ in range(c.blocks):
-                self.down.append(UNetBlock(C, D, E, c, sizes[i], level_axes[i]))
+                self.down.append(UNetBlock(C, D, E, c, sizes[i], level_attention[i]))
                 C = D
                 skips.append(C)
             if i < len(widths) - 1:
                 self.down.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
                 skips.append(C)
         for _ in range(2):
-            self.middle.append(UNetBlock(C, C, E, c, sizes[-1], *middle_axes))
+            self.middle.append(UNetBlock(C, C, E, c, sizes[-1], *middle_attentions))
         for i, D in reversed(list(enumerate(widths))):
             for _ in range(c.blocks + 1):
                 C += skips.pop()                                 # concatenated
-                self.up.append(UNetBlock(C, D, E, c, sizes[i], level_axes[i]))
+                self.up.append(UNetBlock(C, D, E, c, sizes[i], level_attention[i]))
                 C = D
             if i > 0:
                 self.up.append(nn.Sequential(
@@ -361,7 +366,7 @@ class Diffusion:
             t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
             f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = 1 - f[1:] / f[:-1]
-        alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), 0)              # (T,) float64
+        alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), 0)              # (timesteps,) float64
         self.alpha_bar = alpha_bar / (alpha_bar + noise_shift ** 2 * (1 - alpha_bar))
         self.alpha = self.alpha_bar.sqrt().float().to(device)
         self.sigma = (1 - self.alpha_bar).sqrt().float().to(device)
@@ -515,14 +520,16 @@ class LatentDiffusion:
     encode(videos) -> latents and decode(latents) -> videos are inverses, up to what stage 1 loses.
     Latents are z of stage 1, before quantisation, shifted and scaled per channel to mean 0 and
     standard deviation 1; videos are float (B, 3, T, H, W) in [-1, 1].
-    shape: (C, T, H, W) of one latent. clip: a ClipFormat, or such a tuple. classes: names, or None.
+    shape: (C, T, H, W) of one latent. clip_format: a ClipFormat, or such a tuple. classes: names or
+    None.
     """
-    def __init__(self, config, vqgan, clip, classes, device):
+    def __init__(self, config, vqgan, clip_format, classes, device):
         c = self.config = config
         self.vqgan, self.classes = vqgan, classes
-        self.clip, self.device = ClipFormat(*clip), device
+        self.clip_format = ClipFormat(*clip_format)
+        self.device = device
         self.step = 0
-        self.shape = 3, self.clip.frames, self.clip.size, self.clip.size
+        self.shape = 3, self.clip_format.frames, self.clip_format.size, self.clip_format.size
         if vqgan:
             self.shape = vqgan.latent_shape()
         C, T, H, W = self.shape
@@ -578,8 +585,8 @@ class LatentDiffusion:
             noise = [torch.randn(self.shape, generator=stream) for stream in streams]
             return torch.stack(noise).to(self.device)
         x = randn()
-        if labels is not None:
-            labels = labels.to(self.device)
+        if labels is not None:                                   # -1, unknown: the null label
+            labels = torch.where(labels < 0, self.unet.num_classes, labels).to(self.device)
         if cond_frames is None:
             cond_frames = x[:, :, :0]
         K, T = cond_frames.shape[2], self.shape[1]
@@ -601,27 +608,6 @@ class LatentDiffusion:
                     progress(x, x0)
         return torch.cat([cond_frames, x[:, :, K:]], 2)
 
-def export_model(path, out):
-    """Write what sampling needs of a checkpoint to another file, in float16, a fifth as large."""
-    out = Path(out)
-    if out.suffix != ".pt" or out.is_dir():
-        raise UserError(f"--export {out}: must be a file that ends in .pt")
-    if out.exists() and "opts" in load_checkpoint(out):
-        raise UserError(f"--export {out} would replace what training needs: give another name")
-    checkpoint = load_stage2(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    small = {key: checkpoint[key] for key in ("config", "step", "statistics", "classes", "clip")}
-    small["model"] = {}                                          # load_checkpoint() looks for it
-    small["ema"] = to_half(checkpoint["ema"])
-    small["vqgan"] = stage1 = checkpoint["vqgan"]
-    if stage1:
-        stage1["model"] = to_half(stage1["model"])
-    with replacing(out) as temporary:
-        torch.save(small, temporary)
-
-def to_half(state):
-    return {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
-
 def noise_stream(seed):
     """The noise of one sample, from a number or from a torch.Generator, which goes on. The offset
     keeps it apart from the training steps of all --seed below 2999."""
@@ -629,24 +615,18 @@ def noise_stream(seed):
         return seed
     return torch.Generator().manual_seed(3_000_000_000 + int(seed))
 
-def load_stage2(path):
-    """load_checkpoint() of a stage 2"""
+def load_diffusion(path, device="cpu"):
+    """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
+    .step is how long it was trained."""
     checkpoint = load_checkpoint(path)
     if "ema" not in checkpoint:
         raise UserError(f"{path} is a stage 1: train stage 2 on it (diffusion.py) and give the "
                         "diffusion.pt")
-    return checkpoint
-
-def load_diffusion(path, device="cpu"):
-    """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
-    .step is how long it was trained."""
-    checkpoint = load_stage2(path)
     device = torch.device(device)
     try:
-        vqgan = build_vqgan(checkpoint["vqgan"], device) if checkpoint["vqgan"] else None
+        vqgan = build_vqgan(checkpoint["vqgan"], path, device) if checkpoint["vqgan"] else None
         config = Config(**checkpoint["config"])
-        clip, classes = checkpoint["clip"], checkpoint["classes"]
-        model = LatentDiffusion(config, vqgan, clip, classes, device)
+        model = LatentDiffusion(config, vqgan, checkpoint["clip"], checkpoint["classes"], device)
         model.unet.load_state_dict(checkpoint["ema"])
         model.set_statistics(*checkpoint["statistics"])
     except (TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -666,48 +646,51 @@ class Latents:
 
     num_latents: how many windows to encode once; 0: none.
     """
-    def __init__(self, model, videos, num_latents, folder, autocast):
-        self.model, self.videos, self.autocast = model, videos, autocast
+    def __init__(self, model, videos, num_latents, folder, run):
+        self.model, self.videos, self.run = model, videos, run
         self.z = None
         if model.vqgan and num_latents:
-            self.z, self.labels = encode_dataset(model, videos, num_latents, folder, autocast)
+            self.z, self.labels = encode_dataset(model, videos, num_latents, folder, run.autocast)
 
-    def fetch(self, n, rng):
-        """-> n samples for to_latents(), labels (n,), the null label where the class is unknown"""
+    def batch(self, n, rng, share=slice(None)):
+        """-> n examples for to_latents(), or a share of them; labels (n,), the null label where the
+        class is unknown"""
         if self.z is None:
-            samples, labels = self.videos.batch(n, rng)
+            examples, labels = self.videos.batch(n, rng, share)
         else:
             chosen = np.sort(rng.integers(len(self.z), size=n))
-            samples = torch.from_numpy(self.z[chosen])
+            examples = torch.from_numpy(self.z[chosen[share]])
             labels = self.labels[chosen]
         null_label = self.model.unet.num_classes
-        return samples, torch.where(labels < 0, null_label, labels)
+        return examples, torch.where(labels < 0, null_label, labels)
 
-    def batch(self, step):
-        """The random draws of a step, except dropout: samples for to_latents(), and those of
-        draw_noise()."""
+    def fetch(self, step):
+        """The random draws of a step, except dropout: examples for to_latents(), and those of
+        random_draws(); a process's share of them."""
         cfg = self.model.config
         rng = np.random.default_rng((cfg.seed, step))
-        samples, labels = self.fetch(cfg.batch_size, rng)
+        share = self.run.share
+        examples, labels = self.batch(cfg.batch_size, rng, share)
         stream = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-        return samples, *draw_noise(cfg, self.model, labels, stream)
+        draws = random_draws(cfg, self.model, labels, stream)
+        return examples, *[draw[share] for draw in draws]
 
     @torch.no_grad()
-    def to_latents(self, samples):
+    def to_latents(self, examples):
         """uint8 videos (n, T, H, W, 3), or z (n, C, T, H, W) -> normalised latents"""
-        samples = samples.to(self.model.device)
-        if samples.dtype == torch.uint8:
-            with self.autocast():
-                return self.model.encode(to_float(samples))
-        return self.model.normalize(samples.float())
+        examples = examples.to(self.model.device)
+        if examples.dtype == torch.uint8:
+            with self.run.autocast():
+                return self.model.encode(to_float(examples))
+        return self.model.normalize(examples.float())
 
     def fit_statistics(self, seed):
         """Set the model's statistics from z of 1024 random windows."""
         z = []
         for i in range(16):
             rng = np.random.default_rng((seed, i))
-            samples, _ = self.fetch(64, rng)
-            z.append(self.to_latents(samples))                   # not yet shifted or scaled
+            examples, _ = self.batch(64, rng)
+            z.append(self.to_latents(examples))                  # not yet shifted or scaled
         z = torch.cat(z)
         mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
@@ -727,7 +710,8 @@ def encode_dataset(model, videos, n, folder, autocast):
     windows = videos.draw(n, rng)
     mirrored = (rng.integers(2, size=n) == 1) & videos.flip
     labels = torch.tensor([videos.videos[i].label for i, _ in windows])
-    key = hashlib.sha256(f"{videos.fingerprint} {tuple(model.clip)} {videos.flip} {n}".encode())
+    settings = f"{videos.fingerprint} {tuple(model.clip_format)} {videos.flip} {n}"
+    key = hashlib.sha256(settings.encode())
     for weight in model.vqgan.state_dict().values():
         key.update(weight.cpu().numpy().tobytes())
     path = folder / f"latents-{key.hexdigest()[:16]}.npy"
@@ -765,19 +749,21 @@ def load_stage1(cfg, checkpoint, out, device):
         if same:
             same = all(torch.equal(old[name], new[name]) for name in old)
         if not same:
-            print(f"note: {path}, of {found['step']} steps, is not the stage 1 that this run began "
-                  f"with, of {stage1['step']} steps, and which it keeps; to use the new one, start "
-                  "anew with --fresh")
+            print(f"note: {path} ({found['step']} steps) is not the stage 1 that this run began "
+                  f"with ({stage1['step']} steps). The run keeps its own; --fresh starts anew with "
+                  "the new one")
+        path = out / "diffusion.pt"                              # which holds the run's own
     else:
         found = load_checkpoint(path)
         stage1 = {key: found[key] for key in ("config", "step", "model")}
-    vqgan = build_vqgan(stage1, device)
+    vqgan = build_vqgan(stage1, path, device)
     if not vqgan.quantizer.started:
-        raise UserError(f"{path}: its codebook is not in use yet, which begins after --vq_start of "
-                        "the steps of stage 1: train it longer")
+        raise UserError(f"{path}: stage 1 stopped before --vq_start, so its codebook is not "
+                        "trained yet: train it longer")
     c = stage1["config"]
     print(f"inherited from stage 1, trained for {stage1['step']} steps: {c['frames']} frames of "
-          f"{c['size']} x {c['size']}, stride {c['stride']}")
+          f"{c['size']} x {c['size']}, stride {c['stride']}. Without --pixels the flags --size, "
+          "--frames, --stride, --fps and --flip have no effect")
     if stage1["step"] < c["steps"]:
         print(f"note: stage 1 stopped before its {c['steps']} steps; to finish them, run "
               "vqgan3d.py again")
@@ -824,7 +810,7 @@ def evaluate_and_preview(model, held_out, guidance, autocast, path):
     save_grid(path, videos, columns=3)
     return dict(held_out_loss=loss)
 
-def draw_noise(cfg, model, labels, stream):
+def random_draws(cfg, model, labels, stream):
     """The random draws of a step besides clips and dropout, for the whole batch: u (B,) in [0, 1),
     and what denoising_loss() takes: t, eps, labels, num_cond. stream: a torch.Generator."""
     B, T = len(labels), model.shape[1]
@@ -845,8 +831,8 @@ def draw_noise(cfg, model, labels, stream):
 def loss_by_time(history):
     """Mean loss in each quarter of the times, from nearly clean to nearly noise.
 
-    history: (losses (b,), u (b,)) of the last 20 steps, or of fewer after a start; u in [0, 1) made
-    the times.
+    history: (losses (b,), u (b,)) of the last 20 steps, or of fewer after a start; u in [0, 1): the
+    time, divided by timesteps.
     """
     losses = torch.cat([losses for losses, _ in history])                    # (N,)
     u = torch.cat([u for _, u in history])
@@ -859,17 +845,16 @@ def loss_by_time(history):
 def train_step(cfg, unet, model, opts, batch, latents, step, run):
     """One update of unet and of its average, model.unet -> losses (b,), u (b,) of this process
 
-    batch: samples for to_latents(), and the output of draw_noise().
+    batch: examples for to_latents(), and the output of random_draws().
     """
-    parts = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
     losses, us = [], []
-    for part in parts:
+    for part in run.micro_batches:
         on_device = [v[part].to(run.device, non_blocking=True) for v in batch]
-        samples, u, t, eps, labels, num_cond = on_device
-        x0 = latents.to_latents(samples)                                     # (b, C, T, H, W)
+        examples, u, t, eps, labels, num_cond = on_device
+        x0 = latents.to_latents(examples)                                    # (b, C, T, H, W)
         with run.autocast():
             loss = denoising_loss(unet, model.diffusion, x0, t, eps, labels, num_cond)   # (b,)
-        mean = loss.mean() / len(parts)
+        mean = loss.mean() / len(run.micro_batches)
         run.scaler.scale(mean).backward()
         losses.append(loss.detach())
         us.append(u)
@@ -881,14 +866,14 @@ def train_step(cfg, unet, model, opts, batch, latents, step, run):
     update_average(list(model.unet.parameters()), list(unet.parameters()), None)   # None: not used
     return torch.cat(losses), torch.cat(us)
 
-def build_networks(cfg, vqgan, clip, classes, run):
+def build_networks(cfg, vqgan, clip_format, classes, run):
     """-> LatentDiffusion, U-Net, optimisers. The U-Net is trained; model.unet, its moving average,
     is what is evaluated, sampled from and exported."""
-    model = LatentDiffusion(cfg, vqgan, clip, classes, run.device)
+    model = LatentDiffusion(cfg, vqgan, clip_format, classes, run.device)
     unet = model.unet
     model.unet = copy.deepcopy(unet).requires_grad_(False).eval()
     opts = make_optimizers(unet, cfg.lr)
-    if can_compile(cfg.compile, run.device):
+    if set_up_compile(cfg.compile, run.device):
         unet.compile(dynamic=False)
     num_params = sum(p.numel() for p in unet.parameters())
     shape = " x ".join(map(str, model.shape))
@@ -901,22 +886,22 @@ def main():
     out = Path(cfg.out or f"runs/{run_name(cfg.data)}{suffix}")
     run = Run(out / "diffusion", cfg)
     torch.manual_seed(cfg.seed)
-    checkpoint = run.resume(cfg, FIXED)
+    checkpoint = run.resume(cfg, FIXED_PIXELS if cfg.pixels else FIXED)
 
     # stage 1, and clips of the size and length that it was trained on
     stage1, vqgan = load_stage1(cfg, checkpoint, out, run.device)
     c = vqgan.config if vqgan else cfg
-    clip = ClipFormat(c.size, c.frames, c.stride, c.fps)
+    clip_format = ClipFormat(c.size, c.frames, c.stride, c.fps)
     with main_process_first():
-        train = Videos(cfg.data, cfg.data_dir, "train", *clip, c.flip)
-        test = Videos(cfg.data, cfg.data_dir, "test", *clip)
+        train = Videos(cfg.data, cfg.data_dir, "train", *clip_format, c.flip)
+        test = Videos(cfg.data, cfg.data_dir, "test", *clip_format, classes=train.classes or [])
 
     if checkpoint and checkpoint["classes"] != train.classes:
         raise UserError(f"{run.path} was trained with the classes {checkpoint['classes']}, and now "
                         f"there are {train.classes}: give another --out, or --fresh to start anew")
-    model, unet, opts = build_networks(cfg, vqgan, clip, train.classes, run)
+    model, unet, opts = build_networks(cfg, vqgan, clip_format, train.classes, run)
     with main_process_first():
-        latents = Latents(model, train, cfg.num_latents, out, run.autocast)
+        latents = Latents(model, train, cfg.num_latents, out, run)
 
     # where an earlier run stopped
     first_step = run.restore(
@@ -941,14 +926,14 @@ def main():
             statistics=model.get_statistics(),
             vqgan=stage1,
             classes=train.classes,
-            clip=tuple(model.clip),
+            clip=tuple(clip_format),
             fingerprint=train.fingerprint,
         )
 
     held_out = None if RANK else HeldOut(model, latents, test)
 
     history = deque(maxlen=LOG_EVERY)
-    batches = run.prefetch(latents.batch, first_step, cfg.steps)
+    batches = run.prefetch(latents.fetch, first_step, cfg.steps)
     for step in run.steps(first_step, cfg.steps, "stage 2"):
         # once in a while: evaluate, preview and save
         if run.evaluation_due(step, cfg.eval_every):
@@ -960,7 +945,7 @@ def main():
                 save(step)
         if step == cfg.steps:
             break
-        if step > first_step and run.stop_requested(step):
+        if run.stop_requested(step):
             save(step)
             print(f"stopped after step {step} and saved {run.path}; the same command goes on, "
                   "without --fresh")
@@ -973,9 +958,8 @@ def main():
 
         # log
         history.append((losses, u))
-        lr = opts[0].param_groups[0]["lr"]
         by_time = loss_by_time(history)
-        run.log(step, dict(loss=losses.mean()), **by_time, lr=lr)
+        run.log(step, dict(loss=losses.mean()), **by_time, lr=opts[0].param_groups[0]["lr"])
     print(f"done: {run.path}, the log {run.log_path}, samples {out / 'diffusion.gif'}")
 
 # --------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from tqdm import tqdm
 from data import (RANK, WORLD, UserError, Videos, cache_folder, find_sources, first_line, gather,
                   open_array, output_folder, parse_flags, pick_device, print_remarks, read_frames,
                   replacing, run_main, run_name, save_grid, start_processes, to_float, to_uint8)
+from vqgan3d import code_usage, load_vqgan, psnr
 
 @dataclass
 class Config:
@@ -136,18 +137,14 @@ def inception_score(probabilities):
     return float(np.exp(kl.mean()))
 
 # --------------------------------------------------------------------------------------------------
-# the metrics of reconstructions: x, y (B, 3, T, H, W) in [0, 255] -> (B,)
-
-def psnr(x, y):
-    """Peak signal-to-noise ratio in dB, from the squared error of a whole video."""
-    mse = (x - y).square().flatten(1).mean(1)
-    return 10 * torch.log10(255 ** 2 / mse.clamp(min=1e-10))
+# the metrics of reconstructions: beside psnr() and code_usage() of vqgan3d.py
 
 def ssim(x, y):
     """Structural similarity (Wang et al. 2004, eq. 13), averaged over pixels, channels and frames.
 
-    1 if the two are equal, otherwise less. Statistics are weighted by the Gaussian window of the
-    paper, 11 x 11 pixels with standard deviation 1.5, wherever it fits inside the frame.
+    x, y (B, 3, T, H, W) in [0, 255] -> (B,): 1 if the two are equal, otherwise less. Statistics are
+    weighted by the Gaussian window of the paper, 11 x 11 pixels with standard deviation 1.5,
+    wherever it fits inside the frame.
     """
     B, _, _, H, W = x.shape
     offset = torch.arange(11, device=x.device) - 5.0
@@ -395,8 +392,8 @@ def evaluate_floor(cfg, device):
 
 def open_real(cfg):
     """The real videos: the train split of --data"""
-    clip = cfg.size, cfg.frames, cfg.stride, cfg.fps
-    return Videos(cfg.data, cfg.data_dir, "train", *clip)
+    clip_format = cfg.size, cfg.frames, cfg.stride, cfg.fps
+    return Videos(cfg.data, cfg.data_dir, "train", *clip_format)
 
 def compare_sets(cfg, pairs, fake_name):
     """FVD and KVD of pairs (real, fake) of logits, one pair for each run -> list of Metric"""
@@ -449,12 +446,11 @@ def evaluate_reconstruction(cfg, device, gif):
 
     Writes a GIF of eight clips over their reconstructions.
     """
-    from vqgan3d import load_vqgan     # only here: samples need no network of ours
     vqgan = load_vqgan(cfg.vqgan, device)
     c = vqgan.config
     data = c.data if cfg.data == Config.data else cfg.data       # --data: where its folder is now
-    clip = c.size, c.frames, c.stride, c.fps
-    videos = Videos(data, cfg.data_dir, "test", *clip)
+    clip_format = c.size, c.frames, c.stride, c.fps
+    videos = Videos(data, cfg.data_dir, "test", *clip_format)
     clips, _ = videos.fixed(8)
     y, _, _ = vqgan(to_float(clips).to(device))                              # (8, 3, T, H, W)
     if not RANK:
@@ -497,7 +493,7 @@ def reconstruction(vqgan, clips, i3d=None, batch_size=4, dtype="float32"):
         y = to_float(decoded).to(device)                                     # (B, 3, T, H, W)
         x255 = (x + 1).mul(127.5).round()
         y255 = (y + 1).mul(127.5).round()
-        psnrs.append(psnr(x255, y255))                                       # (B,)
+        psnrs.append(psnr(x, y))                                             # (B,)
         ssims.append(ssim(x255, y255))
         if i3d:
             real.append(i3d_logits(i3d, to_uint8(x), batch_size, dtype=dtype))
@@ -507,12 +503,8 @@ def reconstruction(vqgan, clips, i3d=None, batch_size=4, dtype="float32"):
     scores["SSIM"] = torch.cat(ssims).mean().item()
     if i3d:
         scores["rFVD"] = frechet_distance(np.concatenate(real), np.concatenate(fake))
-    codes = torch.cat(codes)
-    counts = codes.bincount(minlength=vqgan.config.codes).double()
-    p = counts / counts.sum()
-    scores["codes used"] = (p > 0).double().mean().item()
-    entropy = torch.special.entr(p).sum()
-    scores["perplexity"] = entropy.exp().item()
+    usage = code_usage(torch.cat(codes), vqgan.config.codes)
+    scores["codes used"], scores["perplexity"] = usage
     return scores
 
 # --------------------------------------------------------------------------------------------------
@@ -792,8 +784,8 @@ class C3D(nn.Module):
         self.register_buffer("mean", torch.zeros(3, 16, 128, 171))
 
     def forward(self, x):
-        x = resize(x.flip(1) * 128, 112, align_corners=True)                 # (B, 3, 16, 112, 112)
-        x = x + 128 - self.mean[:, :, 8:120, 8:120]                          # BGR
+        x = resize(x.flip(1) * 128, 112, align_corners=True)                 # BGR, 112 x 112
+        x = x + 128 - self.mean[:, :, 8:120, 8:120]              # TGANv2's crop, left of the centre
         for name, (_, pool) in C3D_LAYERS.items():
             x = self.get_submodule(name)(x).relu()
             x = F.max_pool3d(x, pool, ceil_mode=True)

@@ -26,12 +26,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import (IMAGE_SUFFIXES, OUTPUT_MARK, RANK, WORLD, UserError, can_compile, cast_weights,
-                  lock_output, new_array, output_folder, parse_flags, peak_memory, pick_device,
-                  read_frames, read_video, run_main, run_name, save_grid, start_processes,
+from data import (IMAGE_SUFFIXES, OUTPUT_MARK, RANK, WORLD, UserError, cast_weights, lock_output,
+                  new_array, output_folder, parse_flags, peak_memory, pick_device, read_frames,
+                  read_video, run_main, run_name, save_grid, set_up_compile, start_processes,
                   to_float, to_uint8, wait_for_all)
-from diffusion import (DEFAULT_SAMPLER, SAMPLERS, export_model, load_diffusion, noise_stream,
-                       reuse_biases)
+from diffusion import DEFAULT_SAMPLER, SAMPLERS, load_diffusion, noise_stream, reuse_biases
 from vqgan3d import PatchUp, TimeUp
 
 @dataclass
@@ -50,7 +49,6 @@ class Config:
     batch_size: int = 16          # videos at once
     grid: int = 64                # videos in the GIF, spread evenly over all; 0: none
     mp4: bool = False             # one mp4 per video as well
-    export: str = ""              # only write the model to this file, without what training needs
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
     compile: str = "auto"         # torch.compile, takes a minute: on, off, auto (GPU, 256 videos)
@@ -65,14 +63,14 @@ def encode_cond_frames(model, frames):
     without any the last latent would be biased, and the colours of a long video would drift. So
     the given frames follow once more, backwards.
     """
-    K = frames.shape[2] * model.shape[1] // model.clip.frames
+    K = frames.shape[2] * model.shape[1] // model.clip_format.frames
     mirrored = torch.cat([frames, frames.flip(2)], 2)
     return model.encode(mirrored)[:, :, :K]
 
 def encode_start(model, path, autocast):
     """The last frames of a video file, or a picture as if it stood still for one latent frame
     -> latents (1, C, K, h, w), K at most T"""
-    size, frames, stride, fps = model.clip
+    size, frames, stride, fps = model.clip_format
     frames_per_latent = frames // model.shape[1]
     if Path(path).suffix.lower() in IMAGE_SUFFIXES:
         clip = read_video(path, size).repeat(frames_per_latent, 0)
@@ -99,7 +97,7 @@ def reencode(model, latents, K):
     T = model.shape[1]
     last_window = latents[:, :, -T:]
     video = model.decode(last_window).clamp(-1, 1)
-    frames = K * model.clip.frames // T
+    frames = K * model.clip_format.frames // T
     return encode_cond_frames(model, video[:, :, -frames:])
 
 def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length, start=None,
@@ -234,8 +232,7 @@ class Plan(NamedTuple):
 
 def make_plan(cfg, model, autocast):
     labels = choose_labels(cfg.classes, model.classes, cfg.n)
-    n = cfg.n or (16 if labels is None else len(labels))
-    frames = model.clip.frames
+    frames = model.clip_format.frames
     guidance = model.config.guidance if cfg.guidance < 0 else cfg.guidance
     start = None
     if cfg.start:
@@ -248,8 +245,8 @@ def make_plan(cfg, model, autocast):
         guidance = min(guidance, 1.0)                            # as sample_long() does
         if labels is not None and not cfg.classes:
             labels = None
-            print("note: --classes was not given, so the model must continue a video of which it "
-                  "does not know the class")
+            print("note: without --classes the model continues the video without knowing its class")
+    n = cfg.n or (16 if labels is None else len(labels))
     if labels is None:                                           # nothing to guide towards
         guidance = 0.0
     sampler = cfg.sampler or DEFAULT_SAMPLER
@@ -262,7 +259,7 @@ def make_plan(cfg, model, autocast):
 def sample_share(plan, cfg, model, autocast, samples):
     """Fill this process's batches of samples, a memory map: uint8 (n, T, H, W, 3)."""
     T = model.shape[1]
-    length = math.ceil(plan.frames * T / model.clip.frames)      # in latent frames
+    length = math.ceil(plan.frames * T / model.clip_format.frames)      # in latent frames
     num_cond = 0 if plan.start is None else plan.start.shape[2]
     num_calls = count_sampler_calls(T, length, num_cond)
     batch_starts = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)
@@ -291,20 +288,16 @@ def main():
     path = Path(cfg.checkpoint or f"runs/{run_name(cfg.data)}/diffusion.pt")
     default = path.parent if path.name == "diffusion.pt" else Path("runs", path.stem)
     out = Path(cfg.out or default)
-    if cfg.export:
-        export_model(path, cfg.export)
-        print(f"wrote {cfg.export}: python sample.py --checkpoint {cfg.export}")
-        return
     device, autocast = pick_device(cfg.device, cfg.dtype)
     start_processes(device)
     model = load_diffusion(path, device)
     plan = make_plan(cfg, model, autocast)
-    size = model.clip.size
+    size = model.clip_format.size
     print(f"{plan.n} videos of {plan.frames} frames of {size} x {size} from {path}, trained for "
           f"{model.step} steps; {plan.sampler}, {plan.steps} steps, guidance {plan.guidance:g}")
     few = plan.n < 256                                           # compiling takes longer
     flag = "off" if few and cfg.compile == "auto" else cfg.compile
-    prepare_model(model, autocast, can_compile(flag, device))
+    prepare_model(model, autocast, set_up_compile(flag, device))
 
     began = time.time()
     output_folder(out)
@@ -333,8 +326,16 @@ def main():
             temporary.unlink(missing_ok=True)
     samples = np.load(out / "samples.npy", mmap_mode="r")
     labels = None if plan.labels is None else plan.labels.tolist()
-    protocol = model.clip._asdict() | plan._asdict() | dict(
+    protocol = dict(
         data=model.config.data,
+        size=size,
+        frames=plan.frames,
+        stride=model.clip_format.stride,
+        fps=model.clip_format.fps,
+        n=plan.n,
+        guidance=plan.guidance,
+        sampler=plan.sampler,
+        steps=plan.steps,
         seed=cfg.seed,
         start=cfg.start,
         checkpoint=str(path),

@@ -28,8 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import (RANK, WORLD, Run, UserError, Videos, all_reduce_sum, average_gradients,
-                  can_compile, cast_weights, first_line, load_checkpoint, main_process_first,
-                  micro_batches, parse_flags, run_main, run_name, save_grid, to_float, to_uint8)
+                  cast_weights, first_line, load_checkpoint, main_process_first, parse_flags,
+                  run_main, run_name, save_grid, set_up_compile, to_float, to_uint8)
 
 @dataclass
 class Config:
@@ -105,7 +105,8 @@ FIXED = ("size", "frames", "stride", "fps", "crop", "flip", "down", "width", "bl
          "codes", "code_dim", "disc_width", "seed")
 
 # --------------------------------------------------------------------------------------------------
-# the autoencoder: convolutions factorised into space and time, on patches
+# the autoencoder: convolutions factorised into space and time, on patches. Conv3d and
+# PointwiseConv3d (1x1x1) compute what nn.Conv3d does, with workarounds: at the end of the file
 
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of each position. With statistics over time, a decoded frame
@@ -187,13 +188,13 @@ class Quantizer(nn.Module):
 
     Until it is started it passes z on. In its first step the codebook is set to latents of that
     batch; later a code that is hardly used is moved to a random latent of the current batch. All
-    of this state is saved, so a resumed run does not initialise the codebook again. There is no
-    bincount and no boolean index here, for which the CPU would wait for the GPU.
+    of this state is saved, so a resumed run does not initialise the codebook again. bincount and
+    boolean indexing are avoided: the CPU would wait for the GPU.
     """
-    def __init__(self, codes, code_dim):
+    def __init__(self, num_codes, code_dim):
         super().__init__()
-        self.codebook = nn.Parameter(torch.randn(codes, code_dim))
-        self.register_buffer("usage", torch.zeros(codes))        # moving average; mean over codes 1
+        self.codebook = nn.Parameter(torch.randn(num_codes, code_dim))
+        self.register_buffer("usage", torch.zeros(num_codes))    # moving average; its mean is 1
         self.started = False                # no buffer: to read one, the CPU must wait for the GPU
 
     def get_extra_state(self):                                   # part of the state dict
@@ -203,7 +204,7 @@ class Quantizer(nn.Module):
         self.started = bool(started)
 
     def forward(self, z):
-        """z (B, D, T, H, W) -> z_q likewise; codes (B, T, H, W); codebook and commitment loss.
+        """z (B, D, T, H, W) -> z_q likewise; codes (B, T, H, W), indices into the codebook; losses.
 
         The gradient at z_q goes straight to z: dz_q / dz = 1.
         """
@@ -281,7 +282,7 @@ class VQGAN(nn.Module):
         # little, is halved last
         levels = max(1, int(math.log2(max(c.down))))
         encoder, decoder = [], []
-        last = 3
+        last = 3                                                 # channels of the finer level
         for i in range(levels):
             C = min(c.width * 3 ** i, max(c.width, 384))
             remaining = 2 ** (levels - i)                        # downsampling from here on
@@ -343,17 +344,17 @@ def check_sizes(c):
 
 def load_vqgan(path, device="cpu"):
     """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
-    return build_vqgan(load_checkpoint(path), device)
+    return build_vqgan(load_checkpoint(path), path, device)
 
-def build_vqgan(checkpoint, device="cpu"):
-    """load_vqgan() of a checkpoint that is in memory."""
+def build_vqgan(checkpoint, path, device="cpu"):
+    """load_vqgan() of a checkpoint that was loaded from path."""
     if "codes" not in checkpoint["config"]:
-        raise UserError("this checkpoint is a stage 2: give the vqgan.pt of stage 1")
+        raise UserError(f"{path} is a stage 2: give the vqgan.pt of stage 1")
     try:
         vqgan = VQGAN(Config(**checkpoint["config"]))
         vqgan.load_state_dict(checkpoint["model"])
     except (TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise UserError("this checkpoint does not fit stage 1 as it is written now "
+        raise UserError(f"the stage 1 in {path} does not fit the code as it is now "
                         f"({first_line(e)}): train anew with --fresh")
     return vqgan.to(device).eval().requires_grad_(False)
 
@@ -409,8 +410,8 @@ def reconstruction_loss(x, y, vgg=None, frame=None):
     return losses
 
 def vq_loss(z, e):
-    """{"codebook", "commitment"} of latents z and their codes e, (N, D) (van den Oord et al. 2017,
-    eq. 3): the first moves the codes to the latents, the second the latents to the codes."""
+    """{"codebook", "commitment"} of latents z (N, D) and their nearest codebook entries e (van den
+    Oord et al. 2017, eq. 3): the first moves e to z, the second z to e."""
     codebook = F.mse_loss(e, z.detach())
     commitment = F.mse_loss(z, e.detach())
     return dict(codebook=codebook, commitment=commitment)
@@ -476,9 +477,12 @@ def build_networks(cfg, run):
         with main_process_first():                               # it downloads VGG16
             vgg = load_vgg(cfg.vgg)
         vgg = cast_weights(vgg.to(run.device), run.autocast)
-    if can_compile(cfg.compile, run.device):
-        for module in filter(None, (vqgan, disc, vgg)):
-            module.compile(dynamic=False)
+    if set_up_compile(cfg.compile, run.device):
+        networks = [vqgan, vgg]
+        if WORLD == 1:                                           # SyncBatchNorm cannot be compiled
+            networks.append(disc)
+        for network in filter(None, networks):
+            network.compile(dynamic=False)
     opts = make_optimizers(vqgan, cfg.lr)
     num_params = sum(p.numel() for p in vqgan.parameters())
     latent = " x ".join(map(str, vqgan.latent_shape()))
@@ -544,15 +548,14 @@ def train_step(cfg, nets, clips, frame, step, starts, run):
     nets.vqgan.quantizer.started = step >= starts["vq_start"]
     train_disc = nets.disc is not None and step >= starts["disc_start"]
     use_gan = nets.disc is not None and step >= starts["gan_start"]
-    parts = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
-    fraction = 1 / len(parts)
+    fraction = 1 / len(run.micro_batches)
     losses = {}
-    for part in parts:
+    for part in run.micro_batches:
         x = to_float(clips[part].to(run.device, non_blocking=True))          # (B, 3, T, H, W)
         shown = frame[part].to(run.device, non_blocking=True)
         terms = backward_losses(cfg, nets, x, shown, train_disc, use_gan, fraction, run)
         for name, loss in terms.items():
-            losses[name] = losses.get(name, 0) + loss / len(parts)
+            losses[name] = losses.get(name, 0) + loss * fraction
     average_gradients(nets.vqgan, nets.disc)
     run.update(nets.opts, cfg.lr * cosine_lr(step, cfg.steps))
     if train_disc:
@@ -577,23 +580,23 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
     reconstructions = to_uint8(y[:8])
     pairs = np.concatenate([clips[:8], reconstructions], axis=2)             # original above
     save_grid(path, pairs, columns=len(pairs))
-    count = torch.bincount(codes, minlength=vqgan.config.codes).double()
-    p = count / len(codes)
-    entropy = torch.special.entr(p).sum()
-    return dict(
-        psnr=mean_psnr(x, y),
-        codes_used=(p > 0).double().mean().item(),
-        perplexity=entropy.exp().item(),
-    )
+    codes_used, perplexity = code_usage(codes, vqgan.config.codes)
+    return dict(psnr=psnr(x, y).mean().item(), codes_used=codes_used, perplexity=perplexity)
 
-def mean_psnr(x, y):
-    """PSNR in dB of videos in [-1, 1], clipped, averaged over the videos."""
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of videos in [-1, 1], clipped: (B,)"""
     x = x.clamp(-1, 1)
     y = y.clamp(-1, 1)
     error = (x - y) / 2                                                      # pixels range over 1
     mse = error.square().flatten(1).mean(1)
-    decibels = -10 * mse.clamp_min(1e-10).log10()                            # (B,)
-    return decibels.mean().item()
+    return -10 * mse.clamp_min(1e-10).log10()
+
+def code_usage(codes, num_codes):
+    """Indices (N,) -> the fraction of the codes that occur; the perplexity, exp of their entropy"""
+    count = torch.bincount(codes, minlength=num_codes).double()
+    p = count / len(codes)
+    entropy = torch.special.entr(p).sum()
+    return (p > 0).double().mean().item(), entropy.exp().item()
 
 def main():
     cfg = parse_flags(Config, PRESETS)
@@ -601,17 +604,18 @@ def main():
     run = Run(out / "vqgan", cfg)
 
     # data
-    clip = cfg.size, cfg.frames, cfg.stride, cfg.fps
+    clip_format = cfg.size, cfg.frames, cfg.stride, cfg.fps
     with main_process_first():
-        train = Videos(cfg.data, cfg.data_dir, "train", *clip, cfg.flip, cfg.crop)
-        test = Videos(cfg.data, cfg.data_dir, "test", *clip)
+        train = Videos(cfg.data, cfg.data_dir, "train", *clip_format, cfg.flip, cfg.crop)
+        test = Videos(cfg.data, cfg.data_dir, "test", *clip_format, classes=train.classes or [])
     test_clips, _ = test.fixed(cfg.eval_clips)
     def fetch(step):
-        """The random draws of a step, except those that move dead codes."""
+        """This process's clips of a step, and the frame of each that VGG16 sees: all random draws,
+        except those that move dead codes."""
         rng = np.random.default_rng((cfg.seed, step))
-        clips, _ = train.batch(cfg.batch_size, rng)
-        frame = rng.integers(cfg.frames, size=cfg.batch_size)    # that VGG16 sees
-        return clips, torch.from_numpy(frame)
+        clips, _ = train.batch(cfg.batch_size, rng, run.share)
+        frame = rng.integers(cfg.frames, size=cfg.batch_size)
+        return clips, torch.from_numpy(frame[run.share])
 
     # networks, and where an earlier run stopped
     torch.manual_seed(cfg.seed)
@@ -652,7 +656,7 @@ def main():
                 save(step)
         if step == cfg.steps:
             break
-        if step > first_step and run.stop_requested(step):
+        if run.stop_requested(step):
             save(step)
             print(f"stopped after step {step} and saved {run.path}; the same command goes on, "
                   "without --fresh")
@@ -664,9 +668,8 @@ def main():
         losses = train_step(cfg, nets, clips, frame, step, starts, run)
 
         # log
-        lr = nets.opts[0].param_groups[0]["lr"]
         dead_codes = vqgan.quantizer.dead_codes().sum()
-        run.log(step, losses, lr=lr, dead_codes=dead_codes)
+        run.log(step, losses, lr=nets.opts[0].param_groups[0]["lr"], dead_codes=dead_codes)
     print(f"done: {run.path}, the log {run.log_path}, reconstructions {out / 'vqgan.gif'}")
 
 # --------------------------------------------------------------------------------------------------

@@ -543,7 +543,7 @@ def test_what_is_random_in_a_step():
     B, labels, model = 2000, torch.arange(2000) % 2, make_model()
     def draw(seed, **flags):
         stream = torch.Generator().manual_seed(seed)
-        return diffusion.draw_noise(Config(**flags), model, labels, stream)
+        return diffusion.random_draws(Config(**flags), model, labels, stream)
     u, t, eps, dropped, num_cond = draws = draw(0, label_drop=0.25, cond_prob=0.5)
     gaps = u.sort().values.diff()
     assert torch.allclose(gaps, torch.tensor(1 / B), atol=1e-5)
@@ -751,7 +751,7 @@ def test_a_stage_1_that_was_trained_further_is_said(stage2, finished, main):
     torch.save(newer, "run/vqgan.pt")
     result = main(diffusion, *stage2.flags, "--out", "run", "--steps", 25)
     assert result.code == 0, result.err
-    assert "run/vqgan.pt, of 70 steps, is not the stage 1 that this run began with" in result.out
+    assert "run/vqgan.pt (70 steps) is not the stage 1 that this run began with" in result.out
     assert load("run/diffusion.pt")["vqgan"]["step"] == 60
 
 def test_other_classes_than_those_of_training_are_refused(stage2, finished, clips, main):
@@ -770,7 +770,7 @@ def test_a_stage_1_without_a_codebook_in_use_is_refused(clips, stage1, stage2, m
     assert result.code == 0, result.err
     result = main(diffusion, *stage2.flags, "--out", "run")
     assert result.code == 1
-    assert "its codebook is not in use yet" in result.err
+    assert "its codebook is not trained yet" in result.err
     result = main(evaluate, "--vqgan", "run/vqgan.pt", "--data_dir", stage1.home, "--device", "cpu")
     assert result.code == 0, result.err
     assert "stage 1 does not quantise yet" in result.out

@@ -7,13 +7,14 @@ import sys
 from datetime import date, datetime, timedelta
 from types import SimpleNamespace
 
-import av
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
 import data
+
+av = pytest.importorskip("av")
 
 def grey(value, size=16):
     return np.full((size, size, 3), value, np.uint8)

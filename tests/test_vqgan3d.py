@@ -405,7 +405,7 @@ def test_learning_rate():
 def test_every_network_is_compiled_as_one_piece():
     """Blocks compiled one by one, as torch does with an nn.Sequential; more sizes than torch keeps
     compiled by default, so that the ninth runs uncompiled."""
-    if not vqgan3d.can_compile("on", CPU):
+    if not vqgan3d.set_up_compile("on", CPU):
         pytest.skip("no compiler here")
     graphs = []
     def keep_graph(graph, _):
@@ -606,8 +606,7 @@ def test_a_run_that_diverges_never_replaces_a_checkpoint(stage1, clips, main):
 
 def new_run(folder):
     """The Run of a training in a folder."""
-    cfg = types.SimpleNamespace(fresh=False, device="cpu", dtype="float32")
-    return data.Run(folder / "vqgan", cfg)
+    return data.Run(folder / "vqgan", vqgan3d.Config(device="cpu", dtype="float32"))
 
 def test_a_checkpoint_with_nan_in_any_network_is_not_written(tmp_path):
     """A discriminator that broke while it learnt alone: the autoencoder's losses are fine."""
@@ -674,7 +673,7 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line(stage1, tmp_path
     checkpoint = load(stage1.path)
     del checkpoint["model"]["quantizer.usage"]
     torch.save(checkpoint, tmp_path / "vqgan.pt")
-    with pytest.raises(data.UserError, match="does not fit stage 1"):
+    with pytest.raises(data.UserError, match="the stage 1 in .* does not fit the code"):
         vqgan3d.load_vqgan(tmp_path / "vqgan.pt")
 
 # --------------------------------------------------------------------------------------------------

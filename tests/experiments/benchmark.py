@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 import vqgan3d
-from data import (SETS, FlagParser, can_compile, ints, peak_memory, pick_device, replacing,
-                  run_main)
+from data import (SETS, FlagParser, autocast_dtype, ints, peak_memory, pick_device, replacing,
+                  run_main, set_up_compile)
 from sample import prepare_model
 
 # --------------------------------------------------------------------------------------------------
@@ -60,11 +60,11 @@ def count_flops(f):
 def matrix_product_rate(machine):
     """FLOP/s of a large matrix product: what can be reached in practice"""
     n = 8192 if machine.device.type == "cuda" else 2048
-    m = torch.randn(n, n, device=machine.device)
+    dtype = autocast_dtype(machine.device, machine.autocast)
+    m = torch.randn(n, n, device=machine.device, dtype=dtype)
     def products():
-        with machine.autocast():
-            for _ in range(8):
-                m @ m
+        for _ in range(8):
+            m @ m
     return 8 * 2 * n ** 3 / seconds(products, machine.device).min()
 
 def save(path, machine, rows, **more):
@@ -130,7 +130,8 @@ def time_sampling(machine, name, model, batch, gflop, peak):
     def decode():
         with machine.autocast():
             model.decode(z)
-    step = seconds(steps, machine.device) / timed                            # (3,)
+    with diffusion.reuse_biases(model.unet, model.shape[1]):     # a CUDA graph wants the same ones
+        step = seconds(steps, machine.device) / timed                        # (3,)
     decoding = seconds(decode, machine.device)
     video_100, video_20 = ((n * step + decoding) / batch for n in (100, 20))
     share = gflop * 1e9 * batch / step.mean() / peak
@@ -324,7 +325,7 @@ def main():
     parser.add_argument("--out", type=Path, help="the JSON [in runs/]")
     args = parser.parse_args()
     device, autocast = pick_device(args.device)
-    machine = Machine(device, autocast, can_compile(args.compile, device))
+    machine = Machine(device, autocast, set_up_compile(args.compile, device))
     if args.growth:
         growth_table(machine, args.preset or "toy", args.out or Path("runs/growth.json"))
     elif args.parts:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import FlagParser, run_main, to_float
-from vqgan3d import mean_psnr
+from vqgan3d import psnr
 
 def cloud_videos(n, frames=16, size=64, seed=0):
     """Yield n videos: uint8 (frames, size, size, 3) each, the same for the same seed."""
@@ -46,7 +46,7 @@ def block_average_psnr(video):
     """PSNR of a video averaged over blocks of 4 x 4 x 4 pixels and interpolated"""
     x = to_float(video[None])                                                # (1, 3, T, H, W)
     y = F.interpolate(F.avg_pool3d(x, 4), x.shape[2:], mode="trilinear")
-    return mean_psnr(x, y)
+    return psnr(x, y).mean().item()
 
 def main():
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

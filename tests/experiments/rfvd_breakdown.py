@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import evaluate
 from data import FlagParser, Videos, run_main, to_float, to_uint8
-from vqgan3d import load_vqgan, mean_psnr
+from vqgan3d import load_vqgan, psnr
 
 TILE = 16                                          # pixels a side
 
@@ -123,7 +123,7 @@ def main():
     for name, y in variants(vqgan, x, torch.Generator().manual_seed(0)):
         written = to_uint8(y)
         rfvd = evaluate.frechet_distance(real, evaluate.i3d_logits(i3d, written))
-        print_row(name, f"{mean_psnr(x, y):.2f}", f"{rfvd:.1f}", to_float(written), c.down)
+        print_row(name, f"{psnr(x, y).mean():.2f}", f"{rfvd:.1f}", to_float(written), c.down)
 
 if __name__ == "__main__":
     run_main(main)

@@ -133,7 +133,7 @@ def main():
     n = len(videos) if args.long else args.n
 
     c = model.config
-    train = Videos(c.data, c.data_dir, "train", *model.clip)
+    train = Videos(c.data, c.data_dir, "train", *model.clip_format)
     protocol = evaluate.Config(data_dir=c.data_dir, dtype=args.dtype)
     real = evaluate.real_logits(protocol, i3d, train, n, seed=0)
     if args.long:

@@ -23,7 +23,7 @@ from data import (TOY_CLASSES, TOY_MOTIONS, TOY_SHAPES, FlagParser, UserError, V
 from diffusion import load_diffusion
 from sample import encode_cond_frames
 from tests.experiments.sample_file import open_samples, read_labels, read_settings
-from vqgan3d import mean_psnr
+from vqgan3d import psnr
 
 WINDOW = 16                                        # frames that are measured at once
 
@@ -143,19 +143,19 @@ def report_prediction(checkpoint, n=64):
     """Print the PSNR of held-out clips that are continued from their first latent frame: with and
     without the label, and by repeating the last given frame."""
     model = load_diffusion(checkpoint)
-    frames = model.clip[1]
+    frames = model.clip_format[1]
     given = frames // model.shape[1]                             # frames of one latent frame
     c = model.config
-    clips, labels = Videos(c.data, c.data_dir, "test", *model.clip).fixed(n)
+    clips, labels = Videos(c.data, c.data_dir, "test", *model.clip_format).fixed(n)
     x = to_float(clips)                                                      # (n, 3, T, H, W)
     cond_frames = encode_cond_frames(model, x[:, :, :given])
     print(f"PSNR of the last {frames - given} of {frames} frames, {n} held-out clips")
     for name, y in ("without the label", None), ("with the label", labels):
         latents = model.sample(range(n), y, 1.0, "dpm", 25, cond_frames=cond_frames)
         video = model.decode(latents)
-        print(f"continued {name}: {mean_psnr(video[:, :, given:], x[:, :, given:]):.2f} dB")
+        print(f"continued {name}: {psnr(video[:, :, given:], x[:, :, given:]).mean():.2f} dB")
     repeated = x[:, :, given - 1:given].expand(-1, -1, frames - given, -1, -1)
-    print(f"the last given frame repeated: {mean_psnr(repeated, x[:, :, given:]):.2f} dB")
+    print(f"the last given frame repeated: {psnr(repeated, x[:, :, given:]).mean():.2f} dB")
 
 def main():
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
