@@ -390,7 +390,7 @@ def list_ucf101(data_dir, split):
                         f"lists again. {expected('ucf101', data_dir)}")
     class_of = {name.lower(): name for name in classes}
     sources, remarks = [], []
-    for name in find_in_lines(r"^[ \t]*(\S+)", split_list):       # "Bend/v_Bend_g01_c01.avi 1"
+    for name in find_in_lines(r"^[ \t]*(\S+)", split_list):       # "Biking/v_Biking_g08_c01.avi 1"
         class_name = class_of.get(name.split("/")[0].lower())
         if class_name is None or ".." in Path(name).parts or not (root / name).is_file():
             remarks.append(Remark(name, "listed, but not there"))

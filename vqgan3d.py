@@ -47,7 +47,7 @@ class Config:
     width: int = 64               # channels at the finest level; each next has 3 times, up to 384
     blocks: int = 2               # residual blocks at each level, in encoder and decoder
     codes: int = 4096             # entries of the codebook
-    code_dim: int = 6             # channels of the latent; a low dimension keeps all codes in use
+    code_dim: int = 6             # channels of the latent; 3 to 16 use the codes alike
     # weights of the losses
     mse: float = 1.0              # squared error of the pixels
     perceptual: float = 0.03      # distance of VGG16 features; 0 leaves VGG16 out
@@ -281,10 +281,12 @@ class VQGAN(nn.Module):
         # down (4, 8, 8) takes patches (1, 2, 2), (2, 2, 2), (2, 2, 2): time, in which videos change
         # little, is halved last
         levels = max(1, int(math.log2(max(c.down))))
-        encoder, decoder = [], []
+        encoder = []
+        decoder = []
         last = 3                                                 # channels of the finer level
         for i in range(levels):
-            C = min(c.width * 3 ** i, max(c.width, 384))
+            most = max(c.width, 384)
+            C = min(c.width * 3 ** i, most)
             remaining = 2 ** (levels - i)                        # downsampling from here on
             patch = tuple(2 if d >= remaining else 1 for d in c.down)
             encoder.append(PatchDown(last, C, patch))
@@ -370,7 +372,8 @@ class Discriminator(nn.Module):
     """
     def __init__(self, frames, size, width):
         super().__init__()
-        shape, C = (frames, size, size), 3
+        shape = frames, size, size
+        C = 3
         layers = []
         while max(shape) > 4:
             D = min(width * 2 ** len(layers), 8 * width)
@@ -522,7 +525,8 @@ def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
         losses["D_fake"] = fake_logits.sigmoid().mean()
 
     # one backward pass through decoder and encoder, from the gradient at y and from the VQ loss
-    outputs, gradients = [y], [grad_y * fraction]
+    outputs = [y]
+    gradients = [grad_y * fraction]
     vq = scale(weighted_sum(cfg, vq_losses) * fraction)
     if vq.requires_grad:                                         # not before the codebook is used
         outputs.append(vq)
@@ -569,14 +573,16 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
     vqgan.eval()
     device = vqgan.quantizer.usage.device
     x = to_float(clips)
-    outputs, codes = [], []
+    outputs = []
+    codes = []
     for batch in x.split(batch_size):
         with autocast():
             y, code, _ = vqgan(batch.to(device))
         outputs.append(y.cpu())
         codes.append(code.cpu().flatten())
     vqgan.train()
-    y, codes = torch.cat(outputs), torch.cat(codes)
+    y = torch.cat(outputs)
+    codes = torch.cat(codes)
     reconstructions = to_uint8(y[:8])
     pairs = np.concatenate([clips[:8], reconstructions], axis=2)             # original above
     save_grid(path, pairs, columns=len(pairs))
@@ -749,14 +755,24 @@ def make_optimizers(model, lr):
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"   # 553 MB; sha256 397923af...
 
+VGG16_LEVELS = (                     # channels, convolutions
+    (64, 2),
+    (128, 2),
+    (256, 3),
+    (512, 3),
+    (512, 3),
+)
+
 class VGG16(nn.Module):
     """Perceptual distance of frames (N, 3, H, W) in [-1, 1]: the squared distance of
     channel-normalised features, averaged over the positions and over the layers relu 1_2, 2_2, 3_3,
-    4_3 and 5_3, as in LPIPS (Zhang et al. 2018), but with equal weights for all channels."""
+    4_3 and 5_3. LPIPS (Zhang et al. 2018) sums over the layers and learns weights of the channels,
+    which are equal here."""
     def __init__(self):
         super().__init__()
-        layers, C = [], 3
-        for D, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        layers = []
+        C = 3
+        for D, convolutions in VGG16_LEVELS:
             for _ in range(convolutions):
                 layers.append(nn.Conv2d(C, D, 3, padding=1))
                 layers.append(nn.ReLU())

@@ -115,7 +115,7 @@ class Sampling(NamedTuple):
     step: float              # seconds a step of the batch
     share: float             # of the rate of a large matrix product
     decode: float            # seconds of the decoder, for the batch
-    peak_gb: float
+    peak_gb: float           # on a CPU: of the process so far, earlier rows included
     video_100: float         # seconds a video in 100 steps
     video_100_std: float     # standard deviation
     video_20: float          # in 20 steps
@@ -245,6 +245,8 @@ def growth_table(machine, preset, out):
     rows = []
     for case in CASES:
         label = f"{case.frames:7}{case.size:6}{case.batch:6}"
+        if machine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         try:
             times = time_case(machine, preset, case)
         except torch.OutOfMemoryError:

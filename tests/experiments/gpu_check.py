@@ -33,7 +33,7 @@ SMALL1 = ("--size 32 --width 16 --codes 64 --disc_width 4 --batch_size 4 --block
 SMALL2 = ("--width 16 --mults 1,2 --blocks 1 --head_dim 8 --batch_size 8 "
           "--grad_accum_steps 2").split()
 STAGE1 = "--width 128 --batch_size 16 --flip".split()            # the sky presets
-STAGE2 = "--grad_accum_steps 2".split()
+STAGE2 = "--grad_accum_steps 2 --noise_shift 4".split()
 
 class Check:
     """The commands run so far, and what was measured."""
@@ -42,6 +42,9 @@ class Check:
         self.folder = output_folder(args.out)
         self.results = dict(device=self.device, torch=torch.__version__, commands=[])
         self.failed = []
+        path = self.folder / "gpu_check.json"
+        if path.exists():                                        # other parts, of earlier calls
+            self.results = json.loads(path.read_text()) | self.results
         if self.device == "cuda":
             self.results["gpu"] = torch.cuda.get_device_name()
             self.results["cudnn"] = torch.backends.cudnn.version()
@@ -143,6 +146,9 @@ def main():
                         help="parts, separated by commas; diffusion needs vqgan3d [all]")
     args = parser.parse_args()
     parts = args.only.split(",")
+    unknown = set(parts) - set(parser.get_default("only").split(","))
+    if unknown:
+        raise UserError(f"--only: there is no part {', '.join(sorted(unknown))}")
     args.out = args.out.resolve()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no GPU here: rehearse with --device cpu --small")
