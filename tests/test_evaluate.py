@@ -396,14 +396,14 @@ def test_two_measurements_at_once_are_refused(score):
 
 def test_real_takes_the_place_of_the_train_split(score, network):
     """--real ignored, so that the FVD is that against the real videos; a protocol that says train
-    windows all the same."""
+    windows all the same; the evaluation against the real videos overwritten."""
     reference, _ = data.toy_videos(8, 16, 32, seed=2)
     np.save("reference.npy", reference)
     result = score("--real", "reference.npy")
     assert result.code == 0, result.err
     real = evaluate.i3d_logits(network, reference)
     fake = evaluate.i3d_logits(network, np.load("runs/videos/samples.npy"))
-    fvd, kvd = read_report("runs/videos/evaluation.json")["metrics"]
+    fvd, kvd = read_report("runs/videos/evaluation-reference.json")["metrics"]
     assert fvd["mean"] == pytest.approx(evaluate.frechet_distance(real, fake), rel=1e-6)
     assert kvd["mean"] == pytest.approx(evaluate.kernel_distance(real, fake), rel=1e-6)
     assert "8 samples against 8 reference.npy" in fvd["protocol"]
