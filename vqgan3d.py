@@ -260,7 +260,9 @@ def nearest_codes(flat, codebook):
     |z - e|^2 = |z|^2 - 2 z e + |e|^2, where |z|^2 is the same for all codes and left out. Computed
     for a few vectors at a time: on a CPU so many that the distances stay in its cache.
     """
-    limit = 2 ** 21 if flat.device.type == "cpu" else 2 ** 26                # distances at once
+    limit = 2 ** 26                                                          # distances at once
+    if flat.device.type == "cpu":
+        limit = 2 ** 21
     norms = codebook.square().sum(1)
     nearest = []
     for rows in flat.split(max(1, limit // len(codebook))):

@@ -365,6 +365,20 @@ def test_flip_mirrors_whole_clips_and_never_a_direction(tmp_path):
     with pytest.raises(data.UserError, match="--flip would turn right into left"):
         data.Videos("toy", tmp_path, "train", 16, 8, flip=True)
 
+def test_a_share_of_a_batch_is_read_alone(tmp_path):
+    """Several processes that read all clips each; a share whose windows, squares or mirrors are not
+    those of the whole batch."""
+    write_pattern(tmp_path / "v" / "clip", 16, rows=5, columns=4)
+    videos = data.Videos(tmp_path / "v", tmp_path, "train", 16, frames=4, flip=True, crop=7)
+    whole, labels = videos.batch(8, np.random.default_rng(0))
+    read = []
+    window = videos.window
+    videos.window = lambda *args: read.append(args) or window(*args)
+    share, all_labels = videos.batch(8, np.random.default_rng(0), slice(2, 5))
+    assert (share == whole[2:5]).all()
+    assert (all_labels == labels).all()
+    assert len(read) == 3
+
 def test_crops_are_squares_from_everywhere(tmp_path):
     """A square that moves from frame to frame, height and width exchanged, edges that are never
     reached, evaluation on squares."""

@@ -427,6 +427,21 @@ def test_a_sample_depends_on_its_seed_and_label_alone(sampler):
     assert (three[1] - three[2]).abs().max() > 0.1
     assert (draw([6], [0]) - one).abs().max() > 1e-3
 
+def test_pixels_of_the_toy_keep_its_size():
+    """The preset of --pixels, made for Sky: a second toy set four times as large, in 16 parts."""
+    cfg = data.parse_flags(Config, diffusion.PRESETS, ["--pixels"])
+    assert (cfg.size, cfg.grad_accum_steps, cfg.width) == (32, 1, 48)
+    cfg = data.parse_flags(Config, diffusion.PRESETS, ["--pixels", "--data", "sky"])
+    assert (cfg.size, cfg.grad_accum_steps, cfg.noise_shift) == (64, 16, 1.0)
+
+def test_an_unknown_label_is_the_null_label():
+    """Label -1, of a held-out video whose class train lacks: an index error, or another class."""
+    model = make_model()
+    null = model.unet.num_classes
+    unknown, expected = (model.sample([5], torch.tensor([label]), 2.0, "dpm", 10)
+                         for label in (-1, null))
+    assert torch.equal(unknown, expected)
+
 def test_noise_of_a_sample_is_not_that_of_a_training_step():
     """A stream of noise with the seed of a training step: sample i begins from noise that training
     step i removed from its first clip."""

@@ -17,7 +17,7 @@ import vqgan3d
 from conftest import ROOT, STAGE1, STAGE2, load, read_log, same, script
 from data import read_video, to_float, to_uint8
 from diffusion import load_diffusion
-from tests.experiments import reproduce
+from tests.experiments import export, reproduce
 
 # --------------------------------------------------------------------------------------------------
 # training
@@ -166,11 +166,26 @@ def test_longer_videos_and_a_given_start(stage2, clips, main):
     assert "without --classes" in result.out
     result = main(sample, *flags, "--start", start, "--frames", 8)
     assert "give more" in result.err
+    result = main(sample, *flags[:-2], "--start", start)              # no --n, and no classes
+    assert result.code == 0, result.err
+    assert len(np.load("s/samples.npy")) == 16
     last_frames = to_float(read_video(start, 16)[None, -8:])
     reconstruction, _, _ = load_diffusion(stage2.path).vqgan(last_frames)
     expected = to_uint8(reconstruction)[:, :4]              # the decoder sees nothing new there
     assert abs(videos[:, :4].astype(int) - expected).mean() < 3
     assert abs(videos[0, 8:].astype(int) - videos[1, 8:]).mean() > 1
+
+def test_an_exported_model_makes_the_same_videos(stage2, main):
+    """A file that cannot be sampled; one that takes the place of a checkpoint of training."""
+    shutil.copy(stage2.path, "good.pt")
+    assert main(export, "good.pt", "small.pt").code == 0
+    flags = ["--n", 2, "--steps", 5, "--grid", 0]
+    for name in "good", "small":
+        assert main(sample, "--checkpoint", f"{name}.pt", "--out", name, *flags).code == 0
+    good, small = (np.load(f"{name}/samples.npy").astype(int) for name in ("good", "small"))
+    assert abs(good - small).mean() < 1
+    assert "would lose what training needs" in main(export, "small.pt", "good.pt").err
+    same(load("good.pt"), load(stage2.path))
 
 def test_a_picture_to_start_from(stage2, clips, main):
     """A picture that is refused as too short, or that is not what the video begins with."""
