@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import diffusion
 import evaluate
 import sample
