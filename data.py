@@ -305,9 +305,9 @@ def changing_numbers(files):
 def are_times(last, falls):
     """Are these the last numbers of dates or times? last: one a frame; falls: where it falls next.
 
-    A second video usually counts again as the first did: no times. Seconds go from 55 to 0, a fall
-    of 55, and with the unit 60 that is a step of 5. So they are times if for every fall there is a
-    unit that makes it a step of at most twice the longest.
+    A second video usually counts again as the first did: no times. A time begins again at its unit:
+    after 55 seconds come 0, and 60 - 55 is a step of 5. So they are times if each fall plus some
+    unit is a step of at most twice the longest.
     """
     steps = np.diff(last)
     longest = steps.max()
@@ -596,7 +596,9 @@ def read_frames(path, size, fps=0):
             frames = read_gif(path)
         else:
             frames = read_video_file(path)
-        for frame in resample(frames, fps) if fps else frames:
+        if fps:
+            frames = resample(frames, fps)
+        for frame in frames:
             yield resize_crop(frame.image, size, frame.aspect)
     except MemoryError:                                  # no fault of the file
         raise
@@ -801,7 +803,7 @@ def probe(path):
             if duration:
                 hours, minutes, rest = map(float, duration.split(":"))
                 seconds = 3600 * hours + 60 * minutes + rest
-            if not stream.frames and rate > 120:                  # the unit of its times, no rate
+            if not stream.frames and rate > 120:                  # a time base, no frame rate
                 return 0, 0
             played = round(seconds * rate)                        # without what was trimmed off
             known = [n for n in (stream.frames, played) if n]
@@ -830,7 +832,7 @@ def cache_path(folder, source, size, fps):
     return folder / f"{title}-{size}-{digest}.npy"
 
 def text_hash(text):
-    """The hash of a text, in which file names need not be UTF-8: 64 hexadecimal digits"""
+    """sha256 in 64 hexadecimal digits; the text may hold file names that are not UTF-8"""
     return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 def count_cached(path):
@@ -935,7 +937,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
     return videos, listing.classes, listing.needs_split
 
 def estimate_disk(folder, paths, size, fps, title):
-    """check_disk() and print_frame_rates() for videos to be decoded, from at most 64 of them."""
+    """Print frame rates and disk need of videos to be decoded, judging by at most 64 of them."""
     every = math.ceil(len(paths) / 64)
     some = [probe(path) for path in paths[::every]]
     rates = [rate for _, rate in some if rate]
@@ -1012,9 +1014,13 @@ class Videos:
         self.flip, self.crop = flip, crop or size
         self.span = (frames - 1) * stride + 1                     # frames from first to last
         found, known, needs_split = prepare(data, data_dir, split, size, frames * stride, fps)
-        usable = [v for v in found if v.frames >= self.span]
-        remarks = [Remark(v.name, "too short", f"{v.frames} of {self.span} frames")
-                   for v in found if v.frames < self.span]
+        usable = []
+        remarks = []
+        for v in found:
+            if v.frames >= self.span:
+                usable.append(v)
+            else:
+                remarks.append(Remark(v.name, "too short", f"{v.frames} of {self.span} frames"))
         videos = hold_out(usable, split) if needs_split else usable
         if classes is None:
             classes = known
@@ -1068,6 +1074,7 @@ class Videos:
         side = self.crop
         clips = []
         labels = torch.empty(n, dtype=torch.int64)
+        in_share = range(n)[share]
         for k in range(n):
             i = rng.integers(len(self.videos))
             start = rng.integers(self.num_windows(i))
@@ -1076,7 +1083,7 @@ class Videos:
                 y, x = rng.integers(self.size - side + 1, size=2)
             mirrored = self.flip and rng.integers(2)
             labels[k] = self.videos[i].label
-            if k in range(n)[share]:
+            if k in in_share:
                 clip = self.window(i, start)[:, y:y + side, x:x + side]
                 clip = torch.from_numpy(np.array(clip))
                 clips.append(clip.flip(2) if mirrored else clip)  # numpy's [::-1] is much slower
@@ -1127,6 +1134,8 @@ def run_main(main):
         return main()
     except BaseException as e:
         message = explain(e)
+        if isinstance(e, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")
         if WORLD > 1 and not isinstance(e, SystemExit):
             # the other processes may wait for this one for ever, and an ordinary exit for them:
             # end at once, so that torchrun ends them too
@@ -1145,7 +1154,6 @@ def explain(e):
     if isinstance(e, KeyboardInterrupt):
         return "interrupted; training and decoding go on if the command is repeated without --fresh"
     if isinstance(e, BrokenPipeError):
-        sys.stdout = open(os.devnull, "w")
         return "what reads the output was closed"
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (f"cannot write {e.filename or 'a file'}: {e.strerror}. Free some space or choose "
@@ -1184,7 +1192,7 @@ def ints(text):
         raise ValueError("too small")
     return values
 
-MAY_BE_ZERO = ("grid",)                                           # though not by default
+MAY_BE_ZERO = ("grid",)              # int flags that may be 0, though their default is not
 
 def parse_flags(Config, presets={}, argv=None):
     """The command line of a Config dataclass: each field is a flag, the comment beside it its help.
@@ -1259,11 +1267,11 @@ def has_native_bf16(device):
     return False
 
 def pick_device(device="auto", dtype="auto"):
-    """-> torch.device, and a function that opens an autocast context of the dtype. Also lets cuDNN
-    search for its fastest kernels.
+    """-> torch.device, and a function that opens an autocast context of the dtype.
 
-    Open one for each forward pass: autocast keeps the weights that it has cast until it closes,
-    and they are stale once the optimiser has stepped.
+    Open a context for each forward pass: autocast keeps the weights that it has cast until it
+    closes, and they are stale once the optimiser has stepped. Also lets cuDNN search for its
+    fastest kernels.
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {dtype}: must be auto, float32, bfloat16 or float16")
@@ -1339,7 +1347,9 @@ def average_gradients(*modules):
     """Replace each gradient by its mean over the processes. All are sent as one tensor."""
     if WORLD == 1:
         return
-    params = [p for module in filter(None, modules) for p in module.parameters()]
+    params = []
+    for module in filter(None, modules):
+        params += module.parameters()
     grads = [p.grad for p in params if p.grad is not None]
     flat = torch.cat([grad.flatten() for grad in grads])
     all_reduce_sum(flat.div_(WORLD))
@@ -1347,8 +1357,8 @@ def average_gradients(*modules):
     for grad, mean in zip(grads, flat.split(sizes)):
         grad.copy_(mean.view(grad.shape))
 
-def micro_batches(batch_size, grad_accum_steps):
-    """-> the slice of a batch that is this process's share, and slices of the share: its parts"""
+def divide_batch(batch_size, grad_accum_steps):
+    """-> this process's share of a batch, a slice, and the micro-batches, slices of that share"""
     size, rest = divmod(batch_size, WORLD * grad_accum_steps)
     if rest:
         raise UserError(f"--batch_size {batch_size} cannot be divided among {WORLD} process(es) x "
@@ -1358,8 +1368,8 @@ def micro_batches(batch_size, grad_accum_steps):
     return slice(RANK * n, (RANK + 1) * n), parts
 
 def set_up_compile(flag, device):
-    """Should torch.compile be used? As --compile says, if a small trial works here. If so, its
-    options are set."""
+    """Whether to use torch.compile: as --compile says, but not if a small trial fails. Sets its
+    options."""
     if flag not in ("auto", "on", "off"):
         raise UserError(f"--compile {flag}: must be auto, on or off")
     if flag == "off" or (flag == "auto" and device.type != "cuda"):
@@ -1472,8 +1482,7 @@ class Run:
     def __init__(self, path, cfg):
         self.path, self.log_path = Path(f"{path}.pt"), Path(f"{path}.jsonl")
         self.fresh = cfg.fresh
-        # this process's slice of a batch, and slices of that share, computed one by one
-        self.share, self.micro_batches = micro_batches(cfg.batch_size, cfg.grad_accum_steps)
+        self.share, self.micro_batches = divide_batch(cfg.batch_size, cfg.grad_accum_steps)
         output_folder(self.path.parent)
         self.lock = lock_output(self.path)
         self.device, self.autocast = pick_device(cfg.device, cfg.dtype)

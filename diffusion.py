@@ -11,9 +11,9 @@ Ho et al. 2020) to predict v, a mixture of latent and noise (Salimans & Ho 2022)
 labels is dropped, so that one network learns the conditional and the unconditional distribution,
 and sampling can go from the second to the first and beyond it (classifier-free guidance, Ho &
 Salimans 2021).
-Writes runs/<data>/: diffusion.pt (stage 1 included: that one file makes videos; the same command
-again resumes from it), diffusion.jsonl (the log), diffusion.gif (samples from fixed noise, one row
-per class).
+Writes runs/<data>/, or runs/<data>-pixels/: diffusion.pt (stage 1 included: that one file makes
+videos; the same command again resumes from it), diffusion.jsonl (the log), diffusion.gif (samples
+from fixed noise, a row for each of at most 12 classes).
 """
 import copy
 import functools
@@ -63,7 +63,7 @@ class Config:
     noise_shift: float = 1.0      # multiplies sigma / alpha; latents of many positions need more
     predict: str = "v"            # output of the network: v (Salimans & Ho 2022) or eps, the noise
     label_drop: float = 0.1       # fraction of labels replaced by the null label, for guidance
-    cond_prob: float = 0.25       # fraction of clips of which the first latent frames are given
+    cond_prob: float = 0.25       # fraction of clips with the first 0 ... T - 1 latent frames given
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
@@ -362,7 +362,7 @@ class Diffusion:
             raise UserError(f"--noise_shift {noise_shift:g}: must be more than 0")
         self.timesteps = timesteps
         self.predict = predict
-        if noise_schedule == "linear":                           # beta 1e-4 to 0.02 at T = 1000
+        if noise_schedule == "linear":                           # beta 1e-4 to 0.02 if 1000
             beta = torch.linspace(0.1 / timesteps, 20 / timesteps, timesteps, dtype=torch.float64)
         else:                                                    # Nichol & Dhariwal 2021, eq. 17
             t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -434,8 +434,9 @@ def denoising_loss(unet, diffusion, x0, t, eps, labels, num_cond):
     return error / (~is_cond).sum(1)
 
 def classifier_free_guidance(unet, labels, scale):
-    """(x, t) -> null + scale * (conditional - null), both in one batch (Ho & Salimans 2021, eq. 6,
-    where scale is 1 + w). Scale 1 is the conditional model, 0 the unconditional one."""
+    """The function (x, t) -> null + scale * (conditional - null), both in one batch (Ho & Salimans
+    2021, eq. 6, where scale is 1 + w). Scale 1 is the conditional model, 0 the unconditional one.
+    """
     def network(x, t):
         if labels is None or not unet.num_classes:
             return unet(x, t)
@@ -675,8 +676,8 @@ class Latents:
         return examples, torch.where(labels < 0, null_label, labels)
 
     def fetch(self, step):
-        """The random draws of a step, except dropout: examples for to_latents(), and those of
-        random_draws(); a process's share of them."""
+        """This process's share of the random draws of a step, except dropout: examples for
+        to_latents(), then the output of random_draws()."""
         cfg = self.model.config
         rng = np.random.default_rng((cfg.seed, step))
         share = self.run.share
@@ -713,8 +714,8 @@ class Latents:
 def encode_dataset(model, videos, n, folder, autocast):
     """z of n random windows in a float16 memory map (n, C, T, H, W), and labels (n,).
 
-    Every video comes once before any comes twice. The file is named by what determines it, written
-    under another name and then renamed: a file that exists is a finished one.
+    Every video comes once before any comes twice. The file is named by what determines it, and
+    written under another name first: a file that exists is a finished one. Others are deleted.
     """
     rng = np.random.default_rng(0)
     windows = videos.draw(n, rng)

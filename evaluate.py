@@ -8,8 +8,8 @@
     python evaluate.py --vqgan runs/toy/vqgan.pt             # stage 1: PSNR, SSIM, rFVD, codes
 
 Samples are compared with clips of the train split of --data, or with the samples of --real.
-Reconstructions are of the test split of the set that stage 1 was trained on, with its size, frames,
-stride and frame rate.
+Reconstructions are of the test split of the set that stage 1 was trained on, or of a --data other
+than toy, with the size, frames, stride and frame rate of stage 1.
 Each number is printed with its protocol, because FVDs of different protocols cannot be compared.
 Writes evaluation.json, evaluation-<NAME>.json (--fake, --real) or floor.json to runs/<data>/, or
 reconstruction.json and reconstruction.gif beside the checkpoint. Published numbers, and which of
@@ -343,7 +343,7 @@ def evaluate_samples(cfg, device):
         warnings.append(f"{len(samples)} samples for {cfg.runs} runs of {n}: all runs share them, "
                         "so std is that of the real clips alone")
     for warning in warnings:
-        print(f"! {warning}")                                    # again after the long wait
+        print(f"! {warning}")                                    # report() repeats it
     samples = Subset(samples, chosen.flatten())
 
     i3d = load_i3d(cfg.i3d).to(device)
@@ -351,12 +351,12 @@ def evaluate_samples(cfg, device):
     fake = i3d_logits(i3d, samples, cfg.batch_size, "samples", cfg.dtype)
     fake = fake.reshape(sets, n, -1)                                         # (sets, n, 400)
     if cfg.real:
-        reference = i3d_logits(i3d, reference, cfg.batch_size, cfg.real, cfg.dtype)
+        reference_logits = i3d_logits(i3d, reference, cfg.batch_size, cfg.real, cfg.dtype)
     pairs = []
     for run in range(cfg.runs):
         if cfg.real:
             order = np.random.default_rng(run).permutation(len(reference))
-            real = reference[order[:n]]
+            real = reference_logits[order[:n]]
         else:
             real = real_logits(cfg, i3d, videos, n, run)
         pairs.append((real, fake[run % sets]))
@@ -443,7 +443,7 @@ def check_samples(cfg, samples, settings):
     return warnings
 
 def evaluate_reconstruction(cfg, device, gif):
-    """Measure a stage 1 on clips of the test split of the set that it was trained on -> Evaluation
+    """Measure a stage 1 on test clips of its own set, or of a --data other than toy -> Evaluation
 
     Writes a GIF of eight clips over their reconstructions.
     """
@@ -528,7 +528,7 @@ def report(path, cfg, evaluation):
         print(f"  {name}: {value}")
     for warning in evaluation.warnings:
         print(f"! {warning}")
-    content = dict(metrics=metrics, warnings=evaluation.warnings, samples=evaluation.settings,
+    content = dict(metrics=metrics, warnings=evaluation.warnings, settings=evaluation.settings,
                    config=vars(cfg))
     path.write_text(json.dumps(content, indent=1))
     print(f"\nsaved: {path}")

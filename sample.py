@@ -51,7 +51,7 @@ class Config:
     mp4: bool = False             # one mp4 per video as well
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
-    compile: str = "auto"         # torch.compile, takes a minute: on, off, auto (GPU, 256 videos)
+    compile: str = "auto"         # torch.compile, takes a minute: on, off, auto (GPU, n >= 256)
 
 # --------------------------------------------------------------------------------------------------
 # videos longer than the clips of training, window by window
@@ -232,29 +232,32 @@ class Plan(NamedTuple):
 
 def make_plan(cfg, model, autocast):
     labels = choose_labels(cfg.classes, model.classes, cfg.n)
-    frames = model.clip_format.frames
+    clip_frames = model.clip_format.frames
+    frames = cfg.frames or clip_frames
     guidance = model.config.guidance if cfg.guidance < 0 else cfg.guidance
     start = None
     if cfg.start:
         start = encode_start(model, cfg.start, autocast)
-        given = start.shape[2] * frames // model.shape[1]
+        given = start.shape[2] * clip_frames // model.shape[1]
         if cfg.frames and cfg.frames <= given:
             raise UserError(f"--frames {cfg.frames}: the {given} frames from --start count too; "
                             "give more")
-        frames = 2 * frames
+        frames = cfg.frames or 2 * clip_frames
         guidance = min(guidance, 1.0)                            # as sample_long() does
         if labels is not None and not cfg.classes:
             labels = None
             print("note: without --classes the model continues the video without knowing its class")
-    n = cfg.n or (16 if labels is None else len(labels))
     if labels is None:                                           # nothing to guide towards
+        n = cfg.n or 16
         guidance = 0.0
+    else:
+        n = len(labels)
     sampler = cfg.sampler or DEFAULT_SAMPLER
     if sampler not in SAMPLERS:
         raise UserError(f"--sampler {sampler}: must be one of {', '.join(SAMPLERS)}")
     timesteps = model.diffusion.timesteps
     steps = cfg.steps or (timesteps if sampler == "ddpm" else min(25, timesteps))
-    return Plan(n, cfg.frames or frames, labels, guidance, sampler, steps, start)
+    return Plan(n, frames, labels, guidance, sampler, steps, start)
 
 def sample_share(plan, cfg, model, autocast, samples):
     """Fill this process's batches of samples, a memory map: uint8 (n, T, H, W, 3)."""

@@ -5,7 +5,7 @@
     python vqgan3d.py                                        # the toy; 4 to 9 minutes on two cores
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
     torchrun --nproc_per_node 4 vqgan3d.py --data sky        # 4 GPUs, a part of each batch on each
-    python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0 --device cpu
+    python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0    # on a CPU
 
 Five losses; the weight of each is the flag of its name:
     mse         squared error of the pixels
@@ -47,7 +47,7 @@ class Config:
     width: int = 64               # channels at the finest level; each next has 3 times, up to 384
     blocks: int = 2               # residual blocks at each level, in encoder and decoder
     codes: int = 4096             # entries of the codebook
-    code_dim: int = 6             # channels of the latent; 3 to 16 use the codes alike
+    code_dim: int = 6             # channels of the latent; from 3 to 16 as many codes are used
     # weights of the losses
     mse: float = 1.0              # squared error of the pixels
     perceptual: float = 0.03      # distance of VGG16 features; 0 leaves VGG16 out
@@ -285,19 +285,18 @@ class VQGAN(nn.Module):
         levels = max(1, int(math.log2(max(c.down))))
         encoder = []
         decoder = []
-        last = 3                                                 # channels of the finer level
+        C_finer = 3
         for i in range(levels):
-            most = max(c.width, 384)
-            C = min(c.width * 3 ** i, most)
+            C = min(c.width * 3 ** i, max(c.width, 384))
             remaining = 2 ** (levels - i)                        # downsampling from here on
             patch = tuple(2 if d >= remaining else 1 for d in c.down)
-            encoder.append(PatchDown(last, C, patch))
+            encoder.append(PatchDown(C_finer, C, patch))
             encoder += [ResBlock(C) for _ in range(c.blocks)]
             level = [ResBlock(C) for _ in range(c.blocks)]
             if patch[0] == 2:
                 level.insert(-1, TimeUp())                       # before the last block
-            decoder = [*level, PatchUp(C, last, patch[1:]), *decoder]
-            last = C
+            decoder = [*level, PatchUp(C, C_finer, patch[1:]), *decoder]
+            C_finer = C
         encoder += [ChannelNorm(C), PointwiseConv3d(C, c.code_dim)]
         stem = Conv3d(c.code_dim, C, 3, padding=1)
         self.encoder = nn.Sequential(*encoder)
@@ -366,9 +365,9 @@ def build_vqgan(checkpoint, path, device="cpu"):
 # the discriminator
 
 class Discriminator(nn.Module):
-    """DCGAN's discriminator (Radford et al. 2016) with 4x4x4 kernels: stride 2 (along an axis that
-    is down to 4: kernel 3, stride 1), batch norm except in the first and the last layer,
-    LeakyReLU 0.2, weights N(0, 0.02), one logit.
+    """DCGAN's discriminator (Radford et al. 2016) with 4x4x4 kernels: stride 2 (kernel 3, stride 1
+    along an axis of at most 4), batch norm except in the first and the last layer, LeakyReLU 0.2,
+    weights N(0, 0.02), one logit.
 
     x (B, 3, T, H, W) -> logits (B,), list of the internal features
     """
@@ -405,7 +404,7 @@ class Discriminator(nn.Module):
 # the losses, unweighted. x: videos, y: their reconstructions, both (B, 3, T, H, W) in [-1, 1]
 
 def reconstruction_loss(x, y, vgg=None, frame=None):
-    """{"mse", "perceptual"}: the second, with a VGG16, of one frame of each clip; frame: (B,)"""
+    """{"mse"}; with a VGG16 also {"perceptual"}, of frame[i] of each clip i; frame: (B,)"""
     losses = dict(mse=F.mse_loss(y, x))
     if vgg is not None:
         i = torch.arange(len(x), device=x.device)
@@ -558,8 +557,8 @@ def train_step(cfg, nets, clips, frame, step, starts, run):
     losses = {}
     for part in run.micro_batches:
         x = to_float(clips[part].to(run.device, non_blocking=True))          # (B, 3, T, H, W)
-        shown = frame[part].to(run.device, non_blocking=True)
-        terms = backward_losses(cfg, nets, x, shown, train_disc, use_gan, fraction, run)
+        frame_part = frame[part].to(run.device, non_blocking=True)
+        terms = backward_losses(cfg, nets, x, frame_part, train_disc, use_gan, fraction, run)
         for name, loss in terms.items():
             losses[name] = losses.get(name, 0) + loss * fraction
     average_gradients(nets.vqgan, nets.disc)

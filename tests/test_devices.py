@@ -23,7 +23,7 @@ def meta_run(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     run = types.SimpleNamespace(device=META, autocast=nullcontext)
-    run.share, run.micro_batches = data.micro_batches(4, 2)
+    run.share, run.micro_batches = data.divide_batch(4, 2)
     run.scaler = torch.amp.GradScaler("cpu", enabled=False)
     run.update = types.MethodType(vqgan3d.Run.update, run)
     return run

@@ -342,7 +342,7 @@ def test_report_of_two_runs(score):
     saved = read_report("runs/videos/evaluation.json")
     assert [metric["metric"] for metric in saved["metrics"]] == ["FVD", "KVD"]
     assert len(saved["metrics"][0]["runs"]) == 2
-    assert saved["samples"] == dict(data="videos", size=64, steps=50)
+    assert saved["settings"] == dict(data="videos", size=64, steps=50)
     assert any("not 2048" in warning for warning in saved["warnings"])
     assert any("made with size 64" in warning for warning in saved["warnings"])
 
@@ -470,7 +470,7 @@ def test_reconstructions_of_a_trained_stage_1(stage1, main):
     assert 0 < means["codes used"] <= 1
     assert 1 <= means["perplexity"] <= 16
     assert "clips test windows, stride 1; 8 frames, 16x16; 16 codes" in result.out
-    assert saved["samples"] == {"vqgan": "vqgan.pt"}
+    assert saved["settings"] == {"vqgan": "vqgan.pt"}
 
     config = torch.load("vqgan.pt", weights_only=True)["config"]
     test = data.Videos(config["data"], stage1.home, "test", size=16, frames=8)
