@@ -162,12 +162,10 @@ class PatchUp(nn.Module):
         self.proj = PointwiseConv3d(C, D * math.prod(patch))
 
     def forward(self, x):
-        B, _, T, H, W = x.shape
-        ph, pw = self.patch
         x = self.proj(x).movedim(1, -1)                                      # (B, T, H, W, pD)
-        x = x.view(B, T, H, W, ph, pw, -1)
-        x = x.permute(0, 1, 2, 4, 3, 5, 6)                                   # (B,T,H,ph,W,pw,D)
-        x = x.reshape(B, T, H * ph, W * pw, -1)
+        x = x.unflatten(-1, (*self.patch, -1))                               # (B,T,H,W,ph,pw,D)
+        x = x.transpose(3, 4)                                                # (B,T,H,ph,W,pw,D)
+        x = x.flatten(4, 5).flatten(2, 3)                                    # (B, T, H', W', D)
         return x.movedim(-1, 1)
 
 class TimeUp(nn.Module):
