@@ -243,7 +243,7 @@ class UNet(nn.Module):
     """(x (B, C, T, H, W), t (B,) or (B, T), label (B,) in 0 ... num_classes) -> prediction like x
 
     Each frame may have a noise level t of its own: given frames have 0. Label num_classes is the
-    null label, any class. With num_classes = 0 labels are ignored.
+    null label, any class, and so is -1. With num_classes = 0 labels are ignored.
     """
     def __init__(self, config, channels, frames, size, num_classes):
         super().__init__()
@@ -319,6 +319,7 @@ class UNet(nn.Module):
             return emb
         if label is None:
             return emb + self.label.weight[-1]                               # the null label
+        label = label % (self.num_classes + 1)                               # -1: the null label
         return emb + self.label(label)[:, None]
 
     def forward(self, x, t, label=None):
@@ -593,8 +594,8 @@ class LatentDiffusion:
             noise = [torch.randn(self.shape, generator=stream) for stream in streams]
             return torch.stack(noise).to(self.device)
         x = randn()
-        if labels is not None:                                   # -1, unknown: the null label
-            labels = torch.where(labels < 0, self.unet.num_classes, labels).to(self.device)
+        if labels is not None:
+            labels = labels.to(self.device)
         if cond_frames is None:
             cond_frames = x[:, :, :0]
         K = cond_frames.shape[2]
@@ -664,16 +665,11 @@ class Latents:
             self.z, self.labels = encode_dataset(model, videos, num_latents, folder, run.autocast)
 
     def batch(self, n, rng, share=slice(None)):
-        """-> n examples for to_latents(), or a share of them; labels (n,), the null label where the
-        class is unknown"""
+        """-> n examples for to_latents(), or a share of them; labels (n,)"""
         if self.z is None:
-            examples, labels = self.videos.batch(n, rng, share)
-        else:
-            chosen = np.sort(rng.integers(len(self.z), size=n))
-            examples = torch.from_numpy(self.z[chosen[share]])
-            labels = self.labels[chosen]
-        null_label = self.model.unet.num_classes
-        return examples, torch.where(labels < 0, null_label, labels)
+            return self.videos.batch(n, rng, share)
+        chosen = np.sort(rng.integers(len(self.z), size=n))
+        return torch.from_numpy(self.z[chosen[share]]), self.labels[chosen]
 
     def fetch(self, step):
         """This process's share of the random draws of a step, except dropout: examples for
@@ -793,7 +789,6 @@ class HeldOut:
         u = torch.arange(128) / 128
         self.t = model.diffusion.times(u).to(x0.device)
         self.x_t, self.target = model.diffusion.add_noise(x0, eps, self.t)
-        labels = torch.where(labels < 0, model.unet.num_classes, labels)
         self.labels = labels.to(x0.device)
 
     def loss(self, unet):
@@ -827,7 +822,6 @@ def random_draws(cfg, model, labels, stream):
     and what denoising_loss() takes: t, eps, labels, num_cond. stream: a torch.Generator."""
     B = len(labels)
     T = model.shape[1]
-    null_label = model.unet.num_classes
     # u spread evenly over [0, 1) gives less variance than independent ones (Kingma et al. 2021)
     offset = torch.rand(1, generator=stream)
     places = torch.randperm(B, generator=stream) / B
@@ -835,7 +829,7 @@ def random_draws(cfg, model, labels, stream):
     eps = torch.randn(B, *model.shape, generator=stream)
     if model.classes:                                            # the null label is trained here
         drop = torch.rand(B, generator=stream) < cfg.label_drop
-        labels = torch.where(drop, null_label, labels)
+        labels = torch.where(drop, -1, labels)
     has_cond = torch.rand(B, generator=stream) < cfg.cond_prob
     num_cond = torch.randint(T, (B,), generator=stream)
     num_cond = torch.where(has_cond, num_cond, 0)
