@@ -779,29 +779,27 @@ def load_stage1(cfg, checkpoint, out, device):
         print(f"note: stage 1 was trained on {c['data']}, this stage is on {cfg.data}")
     return stage1, vqgan
 
-class HeldOut:
-    """128 held-out latents with fixed noise and times, so that the losses of two steps compare."""
-    def __init__(self, model, latents, videos):
-        clips, labels = videos.fixed(128)
-        x0 = torch.cat([latents.to_latents(part) for part in clips.split(16)])
-        stream = torch.Generator().manual_seed(0)
-        eps = torch.randn(x0.shape, generator=stream).to(x0.device)
-        u = torch.arange(128) / 128
-        self.t = model.diffusion.times(u).to(x0.device)
-        self.x_t, self.target = model.diffusion.add_noise(x0, eps, self.t)
-        self.labels = labels.to(x0.device)
-
-    def loss(self, unet):
-        batches = zip(self.x_t.split(32), self.t.split(32), self.labels.split(32))
-        outputs = [unet(*batch) for batch in batches]
-        return F.mse_loss(torch.cat(outputs), self.target).item()
+def noise_held_out(model, latents, videos):
+    """-> x_t, t, labels and target of 128 held-out clips, with fixed noise and times, so that the
+    losses of two steps compare"""
+    clips, labels = videos.fixed(128)
+    x0 = torch.cat([latents.to_latents(part) for part in clips.split(16)])
+    stream = torch.Generator().manual_seed(0)
+    eps = torch.randn(x0.shape, generator=stream).to(x0.device)
+    u = torch.arange(128) / 128
+    t = model.diffusion.times(u).to(x0.device)
+    x_t, target = model.diffusion.add_noise(x0, eps, t)
+    return x_t, t, labels.to(x0.device), target
 
 @torch.no_grad()
 def evaluate_and_preview(model, held_out, guidance, autocast, path):
-    """-> dict(held_out_loss); writes a GIF of samples from fixed noise, a row for each of at most
-    12 classes."""
+    """-> dict(held_out_loss) of the output of noise_held_out(); writes a GIF of samples from fixed
+    noise, a row for each of at most 12 classes."""
+    x_t, t, labels, target = held_out
+    batches = zip(x_t.split(32), t.split(32), labels.split(32))
     with autocast():
-        loss = held_out.loss(model.unet)
+        outputs = [model.unet(*batch) for batch in batches]
+    loss = F.mse_loss(torch.cat(outputs), target).item()
     rows = min(model.unet.num_classes, 12) or 4
     labels = torch.arange(rows).repeat_interleave(3)
     steps = min(25, model.diffusion.timesteps)
@@ -938,7 +936,7 @@ def main():
             fingerprint=train.fingerprint,
         )
 
-    held_out = None if RANK else HeldOut(model, latents, test)
+    held_out = None if RANK else noise_held_out(model, latents, test)
 
     history = deque(maxlen=LOG_EVERY)
     batches = run.prefetch(latents.fetch, first_step, cfg.steps)
