@@ -803,16 +803,13 @@ def evaluate_and_preview(model, held_out, guidance, autocast, path):
     rows = min(model.unet.num_classes, 12) or 4
     labels = torch.arange(rows).repeat_interleave(3)
     steps = min(25, model.diffusion.timesteps)
-    latents = []
+    videos = []
     for seeds in torch.arange(3 * rows).split(16):
-        batch = model.sample(seeds.tolist(), labels[seeds], guidance, steps=steps,
-                             autocast=autocast)
-        latents.append(batch)
-    latents = torch.cat(latents).split(8)
-    with autocast():
-        videos = [model.decode(batch) for batch in latents]
-    videos = to_uint8(torch.cat(videos))
-    save_grid(path, videos, columns=3)
+        latents = model.sample(seeds.tolist(), labels[seeds], guidance, steps=steps,
+                               autocast=autocast)
+        with autocast():
+            videos.append(to_uint8(model.decode(latents)))
+    save_grid(path, np.concatenate(videos), columns=3)
     return dict(held_out_loss=loss)
 
 def random_draws(cfg, model, labels, stream):
