@@ -556,9 +556,6 @@ class LatentDiffusion:
         self.std = std.view(-1, 1, 1, 1).to(self.device)
         self.bound = bound
 
-    def get_statistics(self):
-        return self.mean.flatten().cpu(), self.std.flatten().cpu(), self.bound
-
     def to_z(self, x):
         """Videos -> z of stage 1, not normalised; without a stage 1 the videos themselves"""
         return self.vqgan.encode(x) if self.vqgan else x
@@ -926,7 +923,7 @@ def main():
             ema=model.unet.state_dict(),                         # their average, used to sample
             opts=[opt.state_dict() for opt in opts],
             scaler=run.scaler.state_dict(),
-            statistics=model.get_statistics(),
+            statistics=(model.mean.flatten(), model.std.flatten(), model.bound),
             vqgan=stage1,
             classes=train.classes,
             clip=tuple(clip_format),
