@@ -891,7 +891,7 @@ def main():
     # stage 1, and clips of the size and length that it was trained on
     stage1, vqgan = load_stage1(cfg, checkpoint, out, run.device)
     c = vqgan.config if vqgan else cfg
-    clip_format = ClipFormat(c.size, c.frames, c.stride, c.fps)
+    clip_format = c.size, c.frames, c.stride, c.fps
     with main_process_first():
         train = Videos(cfg.data, cfg.data_dir, "train", *clip_format, c.flip)
         test = Videos(cfg.data, cfg.data_dir, "test", *clip_format, classes=train.classes or [])
@@ -926,11 +926,11 @@ def main():
             statistics=(model.mean.flatten(), model.std.flatten(), model.bound),
             vqgan=stage1,
             classes=train.classes,
-            clip=tuple(clip_format),
+            clip=clip_format,
             fingerprint=train.fingerprint,
         )
 
-    held_out = None if RANK else noise_held_out(model, latents, test)
+    held_out = noise_held_out(model, latents, test)
 
     history = deque(maxlen=LOG_EVERY)
     batches = run.prefetch(latents.fetch, first_step, cfg.steps)
