@@ -107,17 +107,13 @@ def save_grid(path, videos, columns=0, zoom=0):
     N, T, H, W, _ = videos.shape
     columns = columns or math.ceil(math.sqrt(N))
     rows = math.ceil(N / columns)
-    if not zoom:
-        fits = min(960 // (columns * W), 1200 // (rows * H))      # the whole picture
-        zoom = max(1, min(192 // H, fits))
-    empty = rows * columns - N
-    margin = (0, empty), (0, 0), (0, 1), (0, 1), (0, 0)           # a white line after each video
-    tiles = np.pad(videos, margin, constant_values=255)
-    H, W = H + 1, W + 1
-    tiles = tiles.reshape(rows, columns, T, H, W, 3)
-    grid = tiles.transpose(2, 0, 3, 1, 4, 5)                      # (T, rows, H, columns, W, 3)
-    grid = grid.reshape(T, rows * H, columns * W, 3)
-    grid = grid[:, :-1, :-1]
+    zoom = zoom or max(1, min(192 // H, 960 // (columns * W), 1200 // (rows * H)))
+    grid_shape = T, rows * (H + 1) - 1, columns * (W + 1) - 1, 3  # a white line between two
+    grid = np.full(grid_shape, 255, np.uint8)
+    for i, video in enumerate(videos):
+        y = i // columns * (H + 1)
+        x = i % columns * (W + 1)
+        grid[:, y:y + H, x:x + W] = video
     grid = grid.repeat(zoom, 1).repeat(zoom, 2)
     if path.suffix == ".mp4":
         _, H, W, _ = grid.shape                                   # H.264 needs even sides
