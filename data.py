@@ -868,7 +868,6 @@ def decode(source, path, size, fps, stop):
             damage_note(path).write_text(reason, errors="backslashreplace")
         else:
             damage_note(path).unlink(missing_ok=True)
-    return count
 
 def damage_note(path):
     """The file beside a cache file that says why its video could not be decoded to the end."""
@@ -900,24 +899,22 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
     listing = list_sources(data, data_dir, split)
     remarks = listing.remarks
     paths = {source: cache_path(folder, source, size, fps) for source in listing.sources}
-    counts = {source: count_cached(path) for source, path in paths.items()}
-    missing = [source for source, count in counts.items() if not count]
+    missing = [source for source, path in paths.items() if not count_cached(path)]
     if missing:
         estimate_disk(folder, [source.path for source in missing], size, fps, f"{name} {split}")
         stop = threading.Event()                                  # a long video takes minutes
         with ThreadPoolExecutor(os.cpu_count()) as pool:          # decoders release the GIL
             jobs = [pool.submit(decode, s, paths[s], size, fps, stop) for s in missing]
             try:
-                bar = tqdm(jobs, desc=f"{name} {split}", unit=" videos")
-                for job, source in zip(bar, missing):
-                    counts[source] = job.result()
+                for job in tqdm(jobs, desc=f"{name} {split}", unit=" videos"):
+                    job.result()
             except BaseException:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
     videos = []
     for source, path in paths.items():
-        count, note = counts[source], damage_note(path)
+        count, note = count_cached(path), damage_note(path)
         if note.exists():
             kind, detail = "unreadable", note.read_text(errors="replace")
             if count:
