@@ -940,15 +940,13 @@ def estimate_disk(folder, paths, size, fps, title):
             count *= fps / rate
         total += count
     if rates:
-        print_frame_rates(min(rates), max(rates), fps, title)
+        slowest, fastest = min(rates), max(rates)
+        span = f"{slowest:.4g} to " if slowest < fastest else ""
+        print(f"{title}: {span}{fastest:.4g} frames a second")
+        if fastest > 1.2 * slowest and not fps:
+            print("note: the same motion has more frames in some videos than in others; "
+                  f"--fps {slowest:.3g} gives all the same rate")
     check_disk(folder, total / len(some) * len(paths) * size * size * 3, title)
-
-def print_frame_rates(slowest, fastest, fps, title):
-    span = f"{slowest:.4g} to " if slowest < fastest else ""
-    print(f"{title}: {span}{fastest:.4g} frames a second")
-    if fastest > 1.2 * slowest and not fps:
-        print("note: the same motion has more frames in some videos than in others; "
-              f"--fps {slowest:.3g} gives all the same rate")
 
 def check_disk(folder, need, title):
     """Say how many bytes are going to be written; UserError if the disk has not so many."""
