@@ -1015,16 +1015,12 @@ class Videos:
         videos = hold_out(usable, split) if needs_split else usable
         if classes is None:
             classes = known
-        if classes is None:                                       # those of the training videos
-            if split == "train":
-                train = videos
-            elif needs_split:
-                train = hold_out(usable, "train")
-            else:
-                train = Videos(data, data_dir, "train", size, frames, stride, fps).videos
-            classes = sorted({v.class_name for v in train} - {""}, key=natural_key)
-            if split == "train" and classes:
+        if classes is None and split == "train":
+            classes = sorted({v.class_name for v in videos} - {""}, key=natural_key)
+            if classes:
                 print(f"{len(classes)} classes: {', '.join(classes)}")
+        if classes is None:                                       # those of the training videos
+            classes = Videos(data, data_dir, "train", size, frames, stride, fps).classes or []
         label_of = {name: label for label, name in enumerate(classes)}
         self.classes = classes or None
         self.videos = [v._replace(label=label_of.get(v.class_name, -1)) for v in videos]
