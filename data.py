@@ -1065,9 +1065,7 @@ class Videos:
         for k in range(n):
             i = rng.integers(len(self.videos))
             start = rng.integers(self.num_windows(i))
-            y = x = 0
-            if side < self.size:
-                y, x = rng.integers(self.size - side + 1, size=2)
+            y, x = rng.integers(self.size - side + 1, size=2)
             mirrored = self.flip and rng.integers(2)
             labels[k] = self.videos[i].label
             if k in in_share:
