@@ -450,10 +450,7 @@ def list_folder(data, split):
     root = splits.get(split, root)
     paths, remarks = find_sources(root)
     names = [p.relative_to(root).as_posix() for p in paths]
-    class_names = []
-    for name in names:
-        first, slash, _ = name.partition("/")
-        class_names.append(first if slash else "")
+    class_names = [os.path.dirname(name).split("/")[0] for name in names]
     if split == "train" or not splits:                   # a test split has the classes of train
         if "" in class_names or len(set(class_names)) < 2:
             print(f"no classes in {root}: that takes two folders of videos, and no video outside")
