@@ -34,6 +34,7 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -219,15 +220,9 @@ class Source(NamedTuple):
 class Listing(NamedTuple):
     """What was found of one split."""
     sources: list    # of Source, in natural order of their names
-    remarks: list    # of Remark
+    remarks: dict    # what to say about videos, as of find_sources()
     classes: list    # names, []: no classes; None: take those of the training videos
     needs_split: bool = False    # are there no splits yet?
-
-class Remark(NamedTuple):
-    """What there is to say about a video. Those of a kind are counted and printed together."""
-    name: str
-    kind: str        # "used, though ...", or why it was skipped
-    detail: str = ""
 
 OUTPUT_MARK = ".vq-vdm"                       # in each folder that these scripts write to
 
@@ -319,12 +314,13 @@ def find_sources(root):
     """All videos below root: video files, and folders of frames.
 
     Pictures beside videos, or in a folder above them, are no video. Links are followed once.
-    Outputs of these scripts are skipped, with a Remark. Returns (list of paths, list of Remark).
+    Outputs of these scripts are skipped. Returns a list of paths, and remarks, a dict for
+    print_remarks(): "used, though ...", or why videos are skipped -> their names, with details.
     """
     root = Path(root)
-    sources, remarks, seen = [], [], set()
+    sources, remarks, seen = [], defaultdict(list), set()
     def remark(path, kind, detail=""):
-        remarks.append(Remark(str(path.relative_to(root)), kind, detail))
+        remarks[kind].append(f"{path.relative_to(root)}{detail}")
     def visit(folder):
         if folder.resolve() in seen:
             remark(folder, "link to a folder that was seen already")
@@ -354,10 +350,10 @@ def find_sources(root):
             try:
                 gap = check_frames(frames)
                 if gap:
-                    remark(folder, "used, though frames are missing", f"after {gap}")
+                    remark(folder, "used, though frames are missing", f" (after {gap})")
                 sources.append(folder)
             except ValueError as e:
-                remark(folder, "mixed sequences of frames", str(e))
+                remark(folder, "mixed sequences of frames", f" ({e})")
         elif not files and not folders:
             remark(folder, "empty folder")
     if root.is_dir():
@@ -378,18 +374,18 @@ def list_ucf101(data_dir, split):
     root, lists = Path(data_dir) / "UCF-101", Path(data_dir) / "ucfTrainTestlist"
     class_list, split_list = lists / "classInd.txt", lists / f"{split}list01.txt"
     if not class_list.is_file() or not split_list.is_file():
-        return Listing([], [], classes=None)
+        return Listing([], {}, classes=None)
     classes = find_in_lines(r"^[ \t]*\d+[ \t]+(\S+)[ \t]*$", class_list)      # "1 ApplyEyeMakeup"
     lines = find_in_lines(r"^[ \t]*\S", class_list)
     if not classes or len(classes) < len(lines):
         raise UserError(f"{class_list} must hold lines of a number and a class: fetch the split "
                         f"lists again. {expected('ucf101', data_dir)}")
     class_of = {name.lower(): name for name in classes}
-    sources, remarks = [], []
+    sources, remarks = [], defaultdict(list)
     for name in find_in_lines(r"^[ \t]*(\S+)", split_list):       # "Biking/v_Biking_g08_c01.avi 1"
         class_name = class_of.get(name.split("/")[0].lower())
         if class_name is None or ".." in Path(name).parts or not (root / name).is_file():
-            remarks.append(Remark(name, "listed, but not there"))
+            remarks["listed, but not there"].append(name)
         else:
             sources.append(Source(root / name, name, class_name))
     return Listing(sources, remarks, classes)
@@ -917,7 +913,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
             if count:
                 kind = "used up to its first damaged frame"
                 detail = f"{count} frames, then {detail}"
-            remarks.append(Remark(source.name, kind, detail))
+            remarks[kind].append(f"{source.name} ({detail})")
         if count:
             videos.append(Video(source.name, source.class_name, count, path))
     print_remarks(f"{name} {split}", remarks)
@@ -955,11 +951,8 @@ def check_disk(folder, need, title):
                         "--data_dir, or prepare fewer pixels (--size)")
 
 def print_remarks(title, remarks):
-    """Count and name the videos that are not used, or not whole."""
-    by_kind = {}
-    for name, kind, detail in remarks:
-        by_kind.setdefault(kind, []).append(f"{name} ({detail})" if detail else name)
-    for kind, names in sorted(by_kind.items()):
+    """Count and name the videos that are not used, or not whole: a dict of find_sources()."""
+    for kind, names in sorted(remarks.items()):
         verb = "" if kind.startswith("used") else "skipped "
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         print(f"{title}: {verb}{len(names)} {kind}: {', '.join(names[:8])}{more}")
@@ -1003,12 +996,12 @@ class Videos:
         self.span = (frames - 1) * stride + 1                     # frames from first to last
         found, known, needs_split = prepare(data, data_dir, split, size, frames * stride, fps)
         usable = []
-        remarks = []
+        remarks = defaultdict(list)
         for v in found:
             if v.frames >= self.span:
                 usable.append(v)
             else:
-                remarks.append(Remark(v.name, "too short", f"{v.frames} of {self.span} frames"))
+                remarks["too short"].append(f"{v.name} ({v.frames} of {self.span} frames)")
         videos = hold_out(usable, split) if needs_split else usable
         if classes is None:
             classes = known
@@ -1023,7 +1016,7 @@ class Videos:
         self.videos = [v._replace(label=label_of.get(v.class_name, -1)) for v in videos]
         for v in self.videos:
             if classes and v.label < 0:
-                remarks.append(Remark(v.name, "used without a label, as train has no such class"))
+                remarks["used without a label, as train has no such class"].append(v.name)
         print_remarks(f"{run_name(data)} {split}", remarks)
         if not self.videos:
             raise UserError(f"no video of --data {data} ({split} split) has the {self.span} frames "
