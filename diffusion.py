@@ -256,14 +256,13 @@ class UNet(nn.Module):
             raise UserError(f"--width {c.width}: must be even, for half sines and half cosines")
         self.width = c.width
         self.num_classes = num_classes
-        widths = [c.width * m for m in c.mults]
-        sizes = [size >> i for i in range(len(widths))]
         # attention over everything is quadratic in the positions: where there are many, time alone
-        level_attention = []
-        for n in sizes:
+        levels = []                                              # (channels, size, attention)
+        for i, mult in enumerate(c.mults):
+            n = size >> i
             few = frames * n * n <= c.full_attention_tokens
-            level_attention.append("both" if few else "time")
-        middle_attentions = ["both"] if level_attention[-1] == "both" else ["space", "time"]
+            levels.append((c.width * mult, n, "both" if few else "time"))
+        middle_attentions = ["both"] if few else ["space", "time"]
         E = 2 * c.width
         self.emb = nn.Sequential(
             nn.Linear(c.width, E),
@@ -277,22 +276,22 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         C = c.width
         skips = [C]
-        for i, D in enumerate(widths):
-            for _ in range(c.blocks):
-                self.down.append(UNetBlock(C, D, E, c, sizes[i], level_attention[i]))
-                C = D
-                skips.append(C)
-            if i < len(widths) - 1:
+        for D, n, attention in levels:
+            if n < size:
                 self.down.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
                 skips.append(C)
+            for _ in range(c.blocks):
+                self.down.append(UNetBlock(C, D, E, c, n, attention))
+                C = D
+                skips.append(C)
         for _ in range(2):
-            self.middle.append(UNetBlock(C, C, E, c, sizes[-1], *middle_attentions))
-        for i, D in reversed(list(enumerate(widths))):
+            self.middle.append(UNetBlock(C, C, E, c, n, *middle_attentions))
+        for D, n, attention in reversed(levels):
             for _ in range(c.blocks + 1):
                 C += skips.pop()                                 # concatenated
-                self.up.append(UNetBlock(C, D, E, c, sizes[i], level_attention[i]))
+                self.up.append(UNetBlock(C, D, E, c, n, attention))
                 C = D
-            if i > 0:
+            if n < size:
                 self.up.append(nn.Sequential(
                     nn.Upsample(scale_factor=2),
                     nn.Conv2d(C, C, 3, padding=1),
