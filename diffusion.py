@@ -187,8 +187,7 @@ class Attention(nn.Module):
         if self.axes == "space":                                 # one frame at a time
             T = 1
         index = relative_index(T, self.size, self.max_distance, self.bias.device)    # (L, L)
-        columns = index.flatten().expand(self.heads, -1)                     # (heads, L*L)
-        bias = self.bias.gather(1, columns)
+        bias = self.bias.index_select(1, index.flatten())                    # (heads, L*L)
         return bias.view(self.heads, *index.shape)
 
     def forward(self, x, T):                                                 # (B*T, C, H, W)
