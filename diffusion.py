@@ -746,12 +746,8 @@ def load_stage1(cfg, checkpoint, out, device):
     if checkpoint:
         stage1 = checkpoint["vqgan"]
         found = load_checkpoint(path) if path.exists() else stage1
-        old = stage1["model"]
-        new = found["model"]
-        same = old.keys() == new.keys()
-        if same:
-            same = all(torch.equal(old[name], new[name]) for name in old)
-        if not same:
+        pairs = zip(stage1["model"].values(), found["model"].values())
+        if not all(torch.equal(old, new) for old, new in pairs):
             print(f"note: {path} ({found['step']} steps) is not the stage 1 that this run began "
                   f"with ({stage1['step']} steps). The run keeps its own; --fresh starts anew with "
                   "the new one")
