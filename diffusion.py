@@ -697,10 +697,9 @@ class Latents:
         mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
         self.model.set_statistics(mean, std, 1.0)
-        normalized = self.model.normalize(z)
-        self.model.bound = bound = normalized.abs().max().item()
+        self.model.bound = self.model.normalize(z).abs().max().item()
         print(f"latents: mean {mean.cpu().numpy().round(3)}, standard deviation "
-              f"{std.cpu().numpy().round(3)}; normalised, at most {bound:.1f}")
+              f"{std.cpu().numpy().round(3)}; normalised, at most {self.model.bound:.1f}")
 
 def encode_dataset(model, videos, n, folder, autocast):
     """z of n random windows in a float16 memory map (n, C, T, H, W), and labels (n,).
