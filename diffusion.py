@@ -577,8 +577,8 @@ class LatentDiffusion:
         """One latent per seed: (N, C, T, H, W). Each seed has its own stream of noise, so a sample
         does not depend on the batch it is in.
 
-        seeds: numbers, or torch.Generators, whose streams then go on. sampler: a name in SAMPLERS
-        or a function like those. cond_frames (N, C, K, H, W): the first K frames, given.
+        seeds: numbers, or torch.Generators, whose streams then go on. sampler: a name in
+        SAMPLERS. cond_frames (N, C, K, H, W): the first K frames, given.
         progress(x, x_0) is called after each step.
         """
         if not 1 <= steps <= self.diffusion.timesteps:
@@ -604,11 +604,9 @@ class LatentDiffusion:
                 output = network(x, frame_times)
             t_last = frame_times[:, -1]                          # this frame is never given
             return self.diffusion.predict_x0_eps(x, output, t_last, self.bound)
-        if not callable(sampler):
-            sampler = SAMPLERS[sampler]
         times = self.diffusion.sampling_times(steps)
         with reuse_biases(self.unet, T):
-            for x, x0 in sampler(denoise, self.diffusion, x, times, randn):
+            for x, x0 in SAMPLERS[sampler](denoise, self.diffusion, x, times, randn):
                 if progress:
                     progress(x, x0)
         return torch.cat([cond_frames, x[:, :, K:]], 2)
