@@ -246,8 +246,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update_usage(self, codes):
         """Moving average of how often each code is used, over all processes."""
-        count = torch.zeros_like(self.usage)
-        count.scatter_add_(0, codes, torch.ones_like(codes, dtype=count.dtype))
+        count = torch.zeros_like(self.usage).scatter_(0, codes, 1.0, reduce="add")
         all_reduce_sum(count)
         scale = len(count) / (len(codes) * WORLD)
         self.usage.lerp_(count * scale, 0.02)
