@@ -302,11 +302,6 @@ class VQGAN(nn.Module):
         self.to(memory_format=torch.channels_last_3d)            # fastest for convolutions
 
     def encode(self, x):
-        down = self.config.down
-        divisible = all(n % d == 0 for n, d in zip(x.shape[2:], down))
-        if x.dim() != 5 or x.shape[1] != 3 or not divisible:
-            raise ValueError("encode() takes videos (B, 3, T, H, W) with T, H, W divisible by "
-                             f"{down}, not {tuple(x.shape)}")
         return self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).float()
 
     def quantize(self, z):
