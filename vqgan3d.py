@@ -584,9 +584,7 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of videos in [-1, 1], clipped: (B,)"""
-    x = x.clamp(-1, 1)
-    y = y.clamp(-1, 1)
-    error = (x - y) / 2                                                      # pixels range over 1
+    error = (x.clamp(-1, 1) - y.clamp(-1, 1)) / 2                            # pixels range over 1
     mse = error.square().flatten(1).mean(1)
     return -10 * mse.clamp_min(1e-10).log10()
 
