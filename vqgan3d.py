@@ -262,7 +262,7 @@ def nearest_codes(flat, codebook):
         limit = 2 ** 21
     norms = codebook.square().sum(1)
     nearest = []
-    for rows in flat.split(max(1, limit // len(codebook))):
+    for rows in flat.split(limit // len(codebook)):
         distances = torch.addmm(norms, rows, codebook.T, alpha=-2)           # (rows, K)
         nearest.append(distances.argmin(1))
     return torch.cat(nearest)
@@ -341,7 +341,7 @@ def load_vqgan(path, device="cpu"):
     """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
     return build_vqgan(load_checkpoint(path), path, device)
 
-def build_vqgan(checkpoint, path, device="cpu"):
+def build_vqgan(checkpoint, path, device):
     """load_vqgan() of a checkpoint that was loaded from path."""
     if "codes" not in checkpoint["config"]:
         raise UserError(f"{path} is a stage 2: give the vqgan.pt of stage 1")
@@ -773,8 +773,8 @@ class VGG16(nn.Module):
         self.features = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         mean = torch.tensor([0.485, 0.456, 0.406])               # of ImageNet's pixels
         std = torch.tensor([0.229, 0.224, 0.225])
-        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
 
     def normalized_features(self, x):
         """Yield (N, D, H, W) after each of the five layers, of length 1 along D."""
