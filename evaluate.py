@@ -337,14 +337,15 @@ def evaluate_samples(cfg, device):
         available = count_windows(videos)
     warnings = check_count(n, available) + check_samples(cfg, samples, settings)
 
-    chosen = split_into_runs(len(samples), n, cfg.runs)                      # (sets, n)
-    sets = len(chosen)
-    if sets < cfg.runs:
+    sets = cfg.runs                                          # of n samples each
+    if len(samples) < cfg.runs * n:
+        sets = 1
         warnings.append(f"{len(samples)} samples for {cfg.runs} runs of {n}: all runs share them, "
                         "so std is that of the real clips alone")
     for warning in warnings:
         print(f"! {warning}")                                    # report() repeats it
-    samples = Subset(samples, chosen.flatten())
+    order = np.random.default_rng(0).permutation(len(samples))   # files are often sorted by class
+    samples = Subset(samples, order[:sets * n])
 
     i3d = load_i3d(cfg.i3d).to(device)
     c3d = load_c3d(cfg.c3d).to(device) if cfg.c3d else None
@@ -366,12 +367,6 @@ def evaluate_samples(cfg, device):
         scores = [inception_score(rows) for rows in p.reshape(sets, n, -1)]
         metrics.append(Metric("IS", scores, f"C3D of UCF-101; {n} samples"))
     return Evaluation(metrics, warnings, settings)
-
-def split_into_runs(num_samples, n, runs):
-    """Indices of n samples for each run (runs, n); (1, n) if there are too few, to be shared."""
-    sets = runs if num_samples >= runs * n else 1
-    order = np.random.default_rng(0).permutation(num_samples)    # files are often sorted by class
-    return order[:sets * n].reshape(sets, n)
 
 def evaluate_floor(cfg, device):
     """FVD and KVD between clips of two disjoint halves of the real videos -> Evaluation
