@@ -128,14 +128,13 @@ def mean_off_diagonal(K):
 def inception_score(probabilities):
     """IS, from class probabilities (N, K): exp(mean_x KL(p(y|x) || p(y))) (Salimans et al. 2016).
 
-    From 1 to K; higher is better.
+    The mean KL is the entropy of p(y) minus the mean entropy of p(y|x). From 1 to K; higher is
+    better.
     """
-    p = np.asarray(probabilities, np.float64)
-    tiny = np.finfo(np.float64).tiny                                         # 0 log 0 = 0
-    log_p = np.log(p.clip(tiny))                                             # (N, K)
-    log_mean = np.log(p.mean(0).clip(tiny))                                  # (K,)
-    kl = (p * (log_p - log_mean)).sum(1)                                     # (N,)
-    return float(np.exp(kl.mean()))
+    p = torch.as_tensor(probabilities, dtype=torch.float64)
+    entropy_of_mean = torch.special.entr(p.mean(0)).sum()                    # entr: -p log p
+    mean_entropy = torch.special.entr(p).sum(1).mean()
+    return (entropy_of_mean - mean_entropy).exp().item()
 
 # --------------------------------------------------------------------------------------------------
 # the metrics of reconstructions: beside psnr() and code_usage() of vqgan3d.py
