@@ -1030,6 +1030,10 @@ class Videos:
     def __len__(self):
         return len(self.videos)
 
+    def __getitem__(self, place):
+        """The window at a place of draw(): (video, start)."""
+        return self.window(*place)
+
     def num_windows(self, i):
         """How many windows video i has."""
         return self.videos[i].frames - self.span + 1
