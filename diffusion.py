@@ -540,6 +540,7 @@ class LatentDiffusion:
         if vqgan:
             self.shape = vqgan.latent_shape()
         C, T, H, W = self.shape
+        self.frames_per_latent = self.clip_format.frames // T
         if H != W:
             raise UserError(f"the U-Net needs square latents, and those of stage 1 are {H} x {W}: "
                             "train it with the same --down for height and width")

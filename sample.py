@@ -63,7 +63,7 @@ def encode_cond_frames(model, frames):
     without any the last latent would be biased, and the colours of a long video would drift. So
     the given frames follow once more, backwards.
     """
-    K = frames.shape[2] * model.shape[1] // model.clip_format.frames
+    K = frames.shape[2] // model.frames_per_latent
     mirrored = torch.cat([frames, frames.flip(2)], 2)
     return model.encode(mirrored)[:, :, :K]
 
@@ -94,10 +94,9 @@ def reencode(model, latents, K):
     The U-Net was trained to continue what the encoder makes of videos. Generated latents differ
     from that a little, and the difference would grow with every window.
     """
-    T = model.shape[1]
-    last_window = latents[:, :, -T:]
+    last_window = latents[:, :, -model.shape[1]:]
     video = model.decode(last_window).clamp(-1, 1)
-    frames = K * model.clip_format.frames // T
+    frames = K * model.frames_per_latent
     return encode_cond_frames(model, video[:, :, -frames:])
 
 def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length, start=None,
@@ -151,10 +150,9 @@ def receptive_field(decoder):
 def decode_long(model, latents, part):
     """LatentDiffusion.decode of any length, `part` latent frames at a time, so that memory does not
     grow with it. Each part is decoded with all that the decoder sees to its sides: no seams."""
-    side, rate = 0, 1                                            # rate: frames of a latent frame
+    side, rate = 0, model.frames_per_latent
     if model.vqgan:
         side = receptive_field(model.vqgan.decoder)
-        rate = model.vqgan.config.down[0]
     videos = []
     for i in range(0, latents.shape[2], part):
         first = max(0, i - side)
@@ -238,7 +236,7 @@ def make_plan(cfg, model, autocast):
     start = None
     if cfg.start:
         start = encode_start(model, cfg.start, autocast)
-        given = start.shape[2] * clip_frames // model.shape[1]
+        given = start.shape[2] * model.frames_per_latent
         if cfg.frames and cfg.frames <= given:
             raise UserError(f"--frames {cfg.frames}: the {given} frames from --start count too; "
                             "give more")
@@ -262,7 +260,7 @@ def make_plan(cfg, model, autocast):
 def sample_share(plan, cfg, model, autocast, samples):
     """Fill this process's batches of samples, a memory map: uint8 (n, T, H, W, 3)."""
     T = model.shape[1]
-    length = math.ceil(plan.frames * T / model.clip_format.frames)      # in latent frames
+    length = math.ceil(plan.frames / model.frames_per_latent)    # in latent frames
     num_cond = 0 if plan.start is None else plan.start.shape[2]
     num_calls = count_sampler_calls(T, length, num_cond)
     batch_starts = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)

@@ -77,7 +77,7 @@ def test_long_videos_are_decoded_without_seams(down, blocks):
     assert whole.shape[2] == 23 * down[0]
     side = sample.receptive_field(vqgan.decoder)
     rate = down[0]
-    model = types.SimpleNamespace(vqgan=vqgan, decode=vqgan.decode)
+    model = types.SimpleNamespace(vqgan=vqgan, decode=vqgan.decode, frames_per_latent=rate)
     assert torch.allclose(sample.decode_long(model, z, 5), whole, atol=1e-4)
     z.requires_grad_()
     vqgan.decode(z)[:, :, 11 * rate:12 * rate].square().sum().backward()
