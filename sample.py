@@ -264,8 +264,7 @@ def sample_share(plan, cfg, model, autocast, samples):
     num_cond = 0 if plan.start is None else plan.start.shape[2]
     num_calls = count_sampler_calls(T, length, num_cond)
     batch_starts = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)
-    steps = len(model.diffusion.sampling_times(plan.steps))
-    total = len(batch_starts) * steps * num_calls
+    total = len(batch_starts) * plan.steps * num_calls
     bar = tqdm(total=total, desc="sampling", disable=RANK > 0)
     for i in batch_starts:
         batch = range(i, min(plan.n, i + cfg.batch_size))
