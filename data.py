@@ -88,13 +88,13 @@ EXPECTED = {                             # what an error says when there is no u
 
 def to_float(videos):
     """uint8 (N, T, H, W, 3) tensor or array -> float32 (N, 3, T, H, W) in [-1, 1]"""
-    x = torch.as_tensor(videos).permute(0, 4, 1, 2, 3)
+    x = torch.as_tensor(videos).movedim(-1, 1)
     return x.float().div(127.5).sub(1)
 
 def to_uint8(x):
     """float (N, 3, T, H, W), clipped to [-1, 1] -> uint8 (N, T, H, W, 3) array"""
     x = x.float().clamp(-1, 1).add(1).mul(127.5)
-    x = x.round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    x = x.round().to(torch.uint8).movedim(1, -1)
     return x.cpu().numpy()
 
 def save_grid(path, videos, columns=0, zoom=0):

@@ -192,7 +192,7 @@ class Attention(nn.Module):
 
     def forward(self, x, T):                                                 # (B*T, C, H, W)
         N, C, H, W = x.shape
-        h = self.norm(x).permute(0, 2, 3, 1)                                 # (B*T, H, W, C)
+        h = self.norm(x).movedim(1, -1)                                      # (B*T, H, W, C)
         h = h.reshape(-1, T, H * W, C)                                       # (B, T, HW, C)
         if self.axes == "time":
             h = h.transpose(1, 2).flatten(0, 1).contiguous()                 # (B*HW, T, C)
@@ -208,7 +208,7 @@ class Attention(nn.Module):
         h = self.proj(h)
         if self.axes == "time":
             h = h.view(-1, H * W, T, C).transpose(1, 2)                      # (B, T, HW, C)
-        h = h.reshape(N, H, W, C).permute(0, 3, 1, 2)                        # (B*T, C, H, W)
+        h = h.reshape(N, H, W, C).movedim(-1, 1)                             # (B*T, C, H, W)
         return x + h
 
 @functools.lru_cache
