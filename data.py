@@ -164,8 +164,8 @@ def toy_videos(n, frames=16, size=32, seed=0):
     videos = np.empty((n, frames, size, size, 3), np.uint8)
     y, x = np.mgrid[:size, :size]                                           # (H, W)
     for i, label in enumerate(labels):
-        shape = TOY_SHAPES[label // 4]
-        motion = list(TOY_MOTIONS.values())[label % 4]
+        shape, direction = TOY_CLASSES[label].split("-")
+        motion = TOY_MOTIONS[direction]
         hue = (rng.uniform(0, 6) + np.array([0, 4, 2])) % 6                 # HSV, full value
         colour = np.clip(np.abs(hue - 3) - 1, 0.15, 1)                      # (3,)
         first, last = rng.uniform(0.05, 0.45, (2, 3))                       # the ground's ends
