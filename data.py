@@ -1287,7 +1287,7 @@ def autocast_dtype(device, autocast):
 
 def start_processes(device):
     """Connect the processes that torchrun started. The others may wait long while one decodes."""
-    if WORLD > 1 and not dist.is_initialized():
+    if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
