@@ -1597,7 +1597,7 @@ class Run:
         self.recent.append((step, losses, self.waited))
         if step % LOG_EVERY:
             return
-        row = {name: float(value) for name, value in {**losses, **more}.items()}
+        row = {name: float(value) for name, value in (losses | more).items()}
         seconds = time.time() - self.clock
         row["seconds_a_step"] = seconds / len(self.recent)
         row["waiting"] = sum(waited for _, _, waited in self.recent) / seconds
