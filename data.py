@@ -1209,8 +1209,6 @@ def parse_flags(Config, presets={}, argv=None):
         is_fraction = comments.get(name, "").startswith("fraction")
         if isinstance(value, float) and is_fraction and value > 1:
             parser.error(f"argument --{name}: {value:g} is not a fraction, from 0 to 1")
-        if name == "seed" and value > 10 ** 9:
-            parser.error(f"argument --seed: {value} is too large, give at most {10 ** 9}")
         if name == "data" and not value:
             parser.error("argument --data is empty: name a set, a folder or an .npy file")
         print(f"  --{name} {value}   (instead of {values.get(name)})")
