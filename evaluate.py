@@ -146,23 +146,21 @@ def ssim(x, y):
     weighted by the Gaussian window of the paper, 11 x 11 pixels with standard deviation 1.5,
     wherever it fits inside the frame.
     """
-    B, _, _, H, W = x.shape
-    offset = torch.arange(11, device=x.device) - 5.0
-    g = torch.exp(-offset ** 2 / (2 * 1.5 ** 2))
+    g = torch.signal.windows.gaussian(11, std=1.5, device=x.device)
     g = g / g.sum()
     def blur(v):
-        frames = v.reshape(-1, 1, H, W)                                 # (B*3*T, 1, H, W)
+        frames = v.flatten(0, 2)[:, None]                               # (B*3*T, 1, H, W)
         blurred = F.conv2d(frames, g.view(1, 1, 11, 1))
         return F.conv2d(blurred, g.view(1, 1, 1, 11))                   # (B*3*T, 1, H-10, W-10)
     mu_x, mu_y = blur(x), blur(y)
-    variance_x = blur(x * x) - mu_x ** 2
-    variance_y = blur(y * y) - mu_y ** 2
+    squares = mu_x ** 2 + mu_y ** 2
+    variances = blur(x ** 2 + y ** 2) - squares                         # the sum of both
     covariance = blur(x * y) - mu_x * mu_y
     c1 = (0.01 * 255) ** 2
     c2 = (0.03 * 255) ** 2
     s = (2 * mu_x * mu_y + c1) * (2 * covariance + c2)
-    s = s / ((mu_x ** 2 + mu_y ** 2 + c1) * (variance_x + variance_y + c2))
-    return s.reshape(B, -1).mean(1)
+    s = s / ((squares + c1) * (variances + c2))
+    return s.reshape(len(x), -1).mean(1)
 
 # --------------------------------------------------------------------------------------------------
 # features
