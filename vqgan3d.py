@@ -746,12 +746,8 @@ def make_optimizers(model, lr):
 
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"   # 553 MB; sha256 397923af...
 
-VGG16_LEVELS = (                     # channels, convolutions
-    (64, 2),
-    (128, 2),
-    (256, 3),
-    (512, 3),
-    (512, 3),
+VGG16_CHANNELS = (                   # of each convolution; 0: max pooling
+    64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512
 )
 
 class VGG16(nn.Module):
@@ -763,13 +759,12 @@ class VGG16(nn.Module):
         super().__init__()
         layers = []
         C = 3
-        for D, convolutions in VGG16_LEVELS:
-            for _ in range(convolutions):
-                layers.append(nn.Conv2d(C, D, 3, padding=1))
-                layers.append(nn.ReLU())
+        for D in VGG16_CHANNELS:
+            if D:
+                layers += [nn.Conv2d(C, D, 3, padding=1), nn.ReLU()]
                 C = D
-            layers.append(nn.MaxPool2d(2))
-        layers.pop()                                             # nothing follows the last one
+            else:
+                layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         mean = torch.tensor([0.485, 0.456, 0.406])               # of ImageNet's pixels
         std = torch.tensor([0.229, 0.224, 0.225])
