@@ -1435,8 +1435,6 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"there is no {path}: train it first (python vqgan3d.py --data ..., then "
                         "python diffusion.py --data ...), or give --vqgan or --checkpoint")
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: give the .pt file in it")
     except Exception as e:                               # a damaged file can raise anything
         if explain(e):                                   # but that is no fault of the file
             raise
