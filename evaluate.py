@@ -286,7 +286,7 @@ def real_logits(cfg, model, videos, n, seed, half=None):
     path = cache_folder(videos.data, cfg.data_dir) / f"{name}-i3d-{digest.hexdigest()[:16]}.npy"
     kept = open_array(path, np.float64)
     if all(gather(kept is not None)):                        # all compute it, or none
-        return np.array(kept)
+        return kept
     windows = draw_windows(videos, n, seed, half)
     title = f"real {name}, draw {seed}"
     logits = i3d_logits(model, windows, cfg.batch_size, title, cfg.dtype)
