@@ -1206,8 +1206,7 @@ def parse_flags(Config, presets={}, argv=None):
         smallest = 0 if may_be_zero else 1
         if type(value) in (int, float) and not value >= smallest:     # refuses NaN, too
             parser.error(f"argument --{name}: {value} is too small")
-        is_fraction = comments.get(name, "").startswith("fraction")
-        if isinstance(value, float) and is_fraction and value > 1:
+        if comments.get(name, "").startswith("fraction") and value > 1:
             parser.error(f"argument --{name}: {value:g} is not a fraction, from 0 to 1")
         if name == "data" and not value:
             parser.error("argument --data is empty: name a set, a folder or an .npy file")
