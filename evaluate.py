@@ -472,14 +472,12 @@ def reconstruction(vqgan, clips, i3d=None, batch_size=4, dtype="float32"):
     psnrs, ssims, codes = [], [], []
     real, fake = [], []
     for x in batches(clips, batch_size, device, "reconstructions"):          # (B, 3, T, H, W)
-        z_q, code, _ = vqgan.quantize(vqgan.encode(x))
+        y, code, _ = vqgan(x)
         codes.append(code.cpu().flatten())
-        decoded = to_uint8(vqgan.decode(z_q))                                # (B, T, H, W, 3)
+        decoded = to_uint8(y)                                                # (B, T, H, W, 3)
         y = to_float(decoded).to(device)                                     # (B, 3, T, H, W)
-        x255 = (x + 1).mul(127.5).round()
-        y255 = (y + 1).mul(127.5).round()
         psnrs.append(psnr(x, y))                                             # (B,)
-        ssims.append(ssim(x255, y255))
+        ssims.append(ssim(127.5 * (x + 1), 127.5 * (y + 1)))
         if i3d:
             real.append(i3d_logits(i3d, to_uint8(x), batch_size, dtype=dtype))
             fake.append(i3d_logits(i3d, decoded, batch_size, dtype=dtype))
