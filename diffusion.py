@@ -825,10 +825,8 @@ def loss_by_time(history):
     history: (losses (b,), u (b,)) of the last 20 steps, or of fewer after a start; u in [0, 1): the
     time, divided by timesteps.
     """
-    losses = torch.cat([losses for losses, _ in history])                    # (N,)
-    u = torch.cat([u for _, u in history])
-    index = (4 * u).long()
-    quarter = F.one_hot(index, 4).float()                                    # (N, 4)
+    losses, u = map(torch.cat, zip(*history))                                # (N,) each
+    quarter = F.one_hot((4 * u).long(), 4).float()                           # (N, 4)
     sums = losses @ quarter                                                  # (4,)
     means = sums / quarter.sum(0).clamp_min(1)
     return {f"loss_t{i + 1}": mean for i, mean in enumerate(means)}
