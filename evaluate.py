@@ -383,11 +383,8 @@ def open_real(cfg):
 def compare_sets(cfg, pairs, fake_name):
     """FVD and KVD of pairs (real, fake) of logits, one pair for each run -> list of Metric"""
     n = len(pairs[0][0])
-    real_name = f"{run_name(cfg.data)} train windows, stride {cfg.stride}"
-    if cfg.fps:
-        real_name += f", {cfg.fps:g} frames a second"
-    if cfg.real:
-        real_name = cfg.real
+    rate = f", {cfg.fps:g} frames a second" if cfg.fps else ""
+    real_name = cfg.real or f"{run_name(cfg.data)} train windows, stride {cfg.stride}{rate}"
     protocol = (f"I3D logits in {cfg.dtype}; {n} {fake_name} against {n} {real_name}; "
                 f"{cfg.frames} frames, {cfg.size}x{cfg.size}")
     fvd = [frechet_distance(real, fake) for real, fake in pairs]

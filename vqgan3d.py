@@ -400,9 +400,7 @@ def reconstruction_loss(x, y, vgg=None, frame=None):
     losses = dict(mse=F.mse_loss(y, x))
     if vgg is not None:
         i = torch.arange(len(x), device=x.device)
-        frame_x = x[i, :, frame]                                             # (B, 3, H, W)
-        frame_y = y[i, :, frame]
-        losses["perceptual"] = vgg(frame_x, frame_y)
+        losses["perceptual"] = vgg(x[i, :, frame], y[i, :, frame])           # (B, 3, H, W) each
     return losses
 
 def vq_loss(z, e):
