@@ -669,8 +669,8 @@ def read_video_file(path):
             aspect = float(stream.sample_aspect_ratio or 1)
             data = frame.side_data.get("DISPLAYMATRIX")
             if data is not None:                                  # x' = a x + c y, y' = b x + d y
-                matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / 65536
-                (a, b), (c, d) = np.sign(np.round(matrix, 3)).astype(int)
+                matrix = np.frombuffer(bytes(data), np.int32) / 65536        # a b 0 c d 0 x y 1
+                a, b, _, c, d = np.sign(matrix[:5].round(3)).astype(int)
                 if abs(a) == abs(b) or abs(a) != abs(d):
                     raise ValueError("it is turned by an angle other than 90, 180 or 270 degrees")
                 if b:                                             # a quarter turn swaps x and y
