@@ -551,6 +551,7 @@ class LatentDiffusion:
 
     def set_statistics(self, mean, std, bound):
         """mean, std (C,) of z, and the largest absolute value of normalised latents"""
+        self.statistics = mean, std, bound                       # as a checkpoint holds them
         self.mean = mean.view(-1, 1, 1, 1).to(self.device)
         self.std = std.view(-1, 1, 1, 1).to(self.device)
         self.bound = bound
@@ -696,9 +697,10 @@ class Latents:
         mean = z.mean((0, 2, 3, 4))                                          # (C,)
         std = z.std((0, 2, 3, 4)) + 1e-6
         self.model.set_statistics(mean, std, 1.0)
-        self.model.bound = self.model.normalize(z).abs().max().item()
+        bound = self.model.normalize(z).abs().max().item()
+        self.model.set_statistics(mean, std, bound)
         print(f"latents: mean {mean.cpu().numpy().round(3)}, standard deviation "
-              f"{std.cpu().numpy().round(3)}; normalised, at most {self.model.bound:.1f}")
+              f"{std.cpu().numpy().round(3)}; normalised, at most {bound:.1f}")
 
 def encode_dataset(model, videos, n, folder, autocast):
     """z of n random windows in a float16 memory map (n, C, T, H, W), and labels (n,).
@@ -913,7 +915,7 @@ def main():
             ema=model.unet.state_dict(),                         # their average, used to sample
             opts=[opt.state_dict() for opt in opts],
             scaler=run.scaler.state_dict(),
-            statistics=(model.mean.flatten(), model.std.flatten(), model.bound),
+            statistics=model.statistics,
             vqgan=stage1,
             classes=train.classes,
             clip=clip_format,
