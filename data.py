@@ -1610,7 +1610,8 @@ class Run:
 
     def write_row(self, step, row):
         """Append {step, name: number, ...} to the log, with six digits, if all is finite."""
-        self.check_finite()
+        for past_step, losses, _ in self.recent:
+            self.check_finite(past_step, losses)
         self.recent, self.clock = [], time.time()                 # only training is timed
         if RANK:
             return
@@ -1619,12 +1620,11 @@ class Run:
             f.write(json.dumps(dict(step=step, **row)) + "\n")
         self.num_rows += 1
 
-    def check_finite(self):
-        """Stop the run at the first step since the last look whose losses are not finite."""
-        for step, losses, _ in self.recent:
-            bad = [name for name, value in losses.items() if not math.isfinite(value)]
-            if bad:
-                raise UserError(f"step {step}: {', '.join(bad)} is not finite; {self.last_good()}. "
+    def check_finite(self, step, values):
+        """UserError if one of the numbers or tensors {name: value} of a step is not finite."""
+        for name, value in values.items():
+            if not torch.as_tensor(value).isfinite().all():
+                raise UserError(f"step {step}: {name} is not finite; {self.last_good()}. "
                                 "Lower --lr, or that loss's weight, then run again")
 
     def last_good(self):
@@ -1641,10 +1641,7 @@ class Run:
             self.fresh = False
             return
         for part in ("model", "ema", "disc"):
-            for name, value in (state.get(part) or {}).items():
-                if not value.isfinite().all():
-                    raise UserError(f"step {step}: {name} is not finite; {self.last_good()}. "
-                                    "Lower --lr, then run again")
+            self.check_finite(step, state.get(part) or {})
         temporary = Path(f"{self.path}.tmp")
         try:
             with open(temporary, "wb") as f:
