@@ -794,8 +794,7 @@ def load_vgg(path=""):
             state = torch.hub.load_state_dict_from_url(VGG_URL, map_location="cpu",
                                                        check_hash=True, weights_only=True)
         elif str(path).endswith(".npz"):
-            with np.load(path, allow_pickle=False) as arrays:
-                state = {k: torch.from_numpy(v) for k, v in arrays.items()}
+            state = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         vgg = VGG16()
