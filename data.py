@@ -503,19 +503,18 @@ def download(data, data_dir):
 def fetch(url, path, sha256):
     """Download a file; an interrupted download goes on where it stopped."""
     part = path.with_name(f"{path.name}.part")
-    done = 0
-    if part.exists():
-        done = max(0, part.stat().st_size - 1)           # with no byte left, a server would refuse
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with open(part, "ab") as file:
+            done = max(0, file.tell() - 1)               # with no byte left, a server would refuse
+            request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"})
+            response = urllib.request.urlopen(request, timeout=60)
             if response.status != 206:                            # the server begins anew
                 done = 0
             total = done + int(response.headers["Content-Length"] or 0)
             check_disk(path.parent, total - done, path.name)
+            file.truncate(done)
             bar = dict(initial=done, total=total, desc=path.name)
-            with open(part, "ab") as file, tqdm.wrapattr(response, "read", **bar) as body:
-                file.truncate(done)
+            with response, tqdm.wrapattr(response, "read", **bar) as body:
                 shutil.copyfileobj(body, file)
     except (OSError, http.client.HTTPException) as e:
         raise UserError(f"cannot fetch {url}: {first_line(e)}. The same command goes on from here; "
