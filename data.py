@@ -1075,11 +1075,7 @@ class Videos:
         among = np.arange(len(self)) if among is None else among
         rounds = [rng.permutation(among) for _ in range(math.ceil(n / len(among)))]
         order = np.concatenate(rounds)[:n]
-        windows = []
-        for i in order.tolist():
-            start = int(rng.integers(self.num_windows(i)))
-            windows.append((i, start))
-        return windows
+        return [(i, rng.integers(self.num_windows(i))) for i in order.tolist()]
 
     def fixed(self, n):
         """As batch(), but the same n windows every time, spread evenly over the videos."""
