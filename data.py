@@ -1080,13 +1080,13 @@ class Videos:
     def fixed(self, n):
         """As batch(), but the same n windows every time, spread evenly over the videos."""
         clips, labels = [], []
+        V = len(self)
+        last_round = max(1, (n - 1) // V)                         # counted from 0
         for k in range(n):
-            if n <= len(self):
-                i = k * len(self) // n
-            else:
-                i = k % len(self)                                 # all once, then all again
-            last_round = max(1, (n - 1) // len(self))             # counted from 0
-            start = (self.num_windows(i) - 1) * (k // len(self)) // last_round
+            i = k % V                                             # all once, then all again
+            if n < V:
+                i = k * V // n
+            start = (self.num_windows(i) - 1) * (k // V) // last_round
             clips.append(np.array(self.window(i, start)))         # a copy: a map keeps a file open
             labels.append(self.videos[i].label)
         return torch.from_numpy(np.stack(clips)), torch.tensor(labels)
