@@ -833,7 +833,7 @@ def decode(source, path, size, fps, stop):
 
     The frames are written one by one, so a long video needs no memory. Their number is known at
     the end, when the header is written again; numpy leaves room in it for a first axis that grows.
-    If a video breaks off, what came before is used, and damage_note() says why it broke off.
+    If a video breaks off, what came before is used, and a .txt file beside says why it broke off.
     stop: a threading.Event; once it is set, KeyboardInterrupt is raised.
     """
     count, reason = 0, ""
@@ -856,14 +856,10 @@ def decode(source, path, size, fps, stop):
                 reason = f"it ends, and should have {length}"
         file.seek(0)
         write_header()
+        note = path.with_suffix(".txt")
+        note.unlink(missing_ok=True)
         if reason:
-            damage_note(path).write_text(reason, errors="backslashreplace")
-        else:
-            damage_note(path).unlink(missing_ok=True)
-
-def damage_note(path):
-    """The file beside a cache file that says why its video could not be decoded to the end."""
-    return path.with_suffix(".txt")
+            note.write_text(reason, errors="backslashreplace")
 
 def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0):
     """Decode one split into the cache, if it is not there yet.
@@ -906,7 +902,7 @@ def prepare(data, data_dir="datasets", split="train", size=128, frames=16, fps=0
                 raise
     videos = []
     for source, path in paths.items():
-        count, note = count_cached(path), damage_note(path)
+        count, note = count_cached(path), path.with_suffix(".txt")
         if note.exists():
             kind, detail = "unreadable", note.read_text(errors="replace")
             if count:
