@@ -345,8 +345,7 @@ def evaluate_samples(cfg, device):
     pairs = []
     for run in range(cfg.runs):
         if cfg.real:
-            order = np.random.default_rng(run).permutation(len(reference))
-            real = reference_logits[order[:n]]
+            real = np.random.default_rng(run).permutation(reference_logits)[:n]
         else:
             real = real_logits(cfg, i3d, videos, n, run)
         pairs.append((real, fake[run % sets]))
