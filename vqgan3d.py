@@ -684,8 +684,10 @@ class Muon(torch.optim.Optimizer):
     those with a large gradient. torch.optim.Muon takes matrices only; here nearly every parameter
     is a convolution kernel.
     """
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    momentum = 0.95
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
 
     @torch.no_grad()
     def step(self):
@@ -698,8 +700,8 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             m = state["momentum"]
-            m.lerp_(p.grad, 1 - group["momentum"])
-            u = p.grad.lerp(m, group["momentum"])                            # Nesterov
+            m.lerp_(p.grad, 1 - self.momentum)
+            u = p.grad.lerp(m, self.momentum)                                # Nesterov
             u = u.reshape(len(p), -1)                                        # (out, in * kernel)
             by_shape.setdefault(u.shape, []).append((p, u))
         for shape, pairs in by_shape.items():
