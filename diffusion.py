@@ -36,7 +36,7 @@ from data import (LOG_EVERY, RANK, WORLD, Run, UserError, Videos, average_gradie
                   first_line, load_checkpoint, main_process_first, new_array, open_array,
                   parse_flags, replacing, run_main, run_name, save_grid, set_up_compile, to_float,
                   to_uint8)
-from vqgan3d import Conv3d, build_vqgan, cosine_lr, make_optimizers
+from vqgan3d import Conv3d, build_vqgan, cosine_lr, make_optimizers, zero_init
 
 @dataclass
 class Config:
@@ -139,8 +139,7 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(D, D, 3, padding=1)
         self.skip = nn.Conv2d(C, D, 1) if C != D else nn.Identity()
         self.dropout = dropout
-        nn.init.zeros_(self.conv2.weight)                        # the block starts as the identity
-        nn.init.zeros_(self.conv2.bias)
+        zero_init(self.conv2)                                    # the block starts as the identity
 
     def forward(self, x, emb, T):                                # (B*T, C, H, W), (B*T, E)
         h = self.conv1(F.silu(self.norm1(x)))                                # (B*T, D, H, W)
@@ -170,8 +169,7 @@ class Attention(nn.Module):
         self.norm = GroupNorm(C)
         self.qkv = nn.Linear(C, 3 * C)
         self.proj = nn.Linear(C, C)
-        nn.init.zeros_(self.proj.weight)                         # starts as the identity
-        nn.init.zeros_(self.proj.bias)
+        zero_init(self.proj)                                     # starts as the identity
         # at first the heads look at the frame before, the same frame, or the next frame
         distance = torch.arange(-self.max_distance, self.max_distance + 1)
         preferred = torch.arange(self.heads)[:, None] % 3 - 1

@@ -124,6 +124,10 @@ class ChannelNorm(nn.Module):
             x = F.layer_norm(x, gain.shape, gain, bias)
         return x.movedim(-1, 1)
 
+def zero_init(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
 class ResBlock(nn.Module):
     """Residual block: a convolution in space, then one in time."""
     def __init__(self, C):
@@ -131,8 +135,7 @@ class ResBlock(nn.Module):
         self.norm = ChannelNorm(C)
         self.space = Conv3d(C, C, (1, 3, 3), padding=(0, 1, 1))
         self.time = Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0))
-        nn.init.zeros_(self.time.weight)                         # the block starts as the identity
-        nn.init.zeros_(self.time.bias)
+        zero_init(self.time)                                     # the block starts as the identity
 
     def forward(self, x):                                                    # (B, C, T, H, W)
         h = self.space(self.norm(x))
