@@ -816,8 +816,7 @@ def random_draws(cfg, model, labels, stream):
         labels = torch.where(drop, -1, labels)
     has_cond = torch.rand(B, generator=stream) < cfg.cond_prob
     num_cond = torch.randint(T, (B,), generator=stream)
-    num_cond = torch.where(has_cond, num_cond, 0)
-    return u, model.diffusion.times(u), eps, labels, num_cond
+    return u, model.diffusion.times(u), eps, labels, num_cond * has_cond
 
 def loss_by_time(history):
     """Mean loss in each quarter of the times, from nearly clean to nearly noise.
