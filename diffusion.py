@@ -534,11 +534,10 @@ class LatentDiffusion:
         self.clip_format = ClipFormat(*clip_format)
         self.device = device
         self.step = 0
-        self.shape = 3, self.clip_format.frames, self.clip_format.size, self.clip_format.size
-        if vqgan:
-            self.shape = vqgan.latent_shape()
+        size, frames, _, _ = self.clip_format
+        self.shape = vqgan.latent_shape() if vqgan else (3, frames, size, size)
         C, T, H, W = self.shape
-        self.frames_per_latent = self.clip_format.frames // T
+        self.frames_per_latent = frames // T
         if H != W:
             raise UserError(f"the U-Net needs square latents, and those of stage 1 are {H} x {W}: "
                             "train it with the same --down for height and width")
