@@ -792,8 +792,7 @@ def probe(path):
             if not stream.frames and rate > 120:                  # a time base, no frame rate
                 return 0, 0
             played = round(seconds * rate)                        # without what was trimmed off
-            known = [n for n in (stream.frames, played) if n]
-            return min(known, default=0), rate
+            return min(stream.frames or played, played or stream.frames), rate
     except Exception:                                             # decoding will say what is wrong
         return 0, 0
 
@@ -812,8 +811,7 @@ def cache_path(folder, source, size, fps):
     inside the set; name, size and time of change of each file; pixels a side; frame rate."""
     files = list_frames(source.path) if source.path.is_dir() else [source.path]
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = f"{source.name}|{stats}|{size}|{fps}"
-    digest = text_hash(key)[:16]
+    digest = text_hash(f"{source.name}|{stats}|{size}|{fps}")[:16]
     title = re.sub(r"[^A-Za-z0-9]+", "_", source.path.stem)[-40:]
     return folder / f"{title}-{size}-{digest}.npy"
 

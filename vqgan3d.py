@@ -544,8 +544,8 @@ def train_step(cfg, nets, clips, frame, step, starts, run):
     frame (B,): which frame of each clip VGG16 sees.
     """
     nets.vqgan.quantizer.started = step >= starts["vq_start"]
-    train_disc = nets.disc is not None and step >= starts["disc_start"]
-    use_gan = nets.disc is not None and step >= starts["gan_start"]
+    train_disc = nets.disc and step >= starts["disc_start"]
+    use_gan = nets.disc and step >= starts["gan_start"]
     fraction = 1 / len(run.micro_batches)
     losses = {}
     for part in run.micro_batches:
