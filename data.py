@@ -1121,10 +1121,11 @@ def explain(e):
         return "interrupted; training and decoding go on if the command is repeated without --fresh"
     if isinstance(e, BrokenPipeError):
         return "what reads the output was closed"
-    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    number = getattr(e, "errno", None)                            # of an OSError
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (f"cannot write {e.filename or 'a file'}: {e.strerror}. Free some space or choose "
                 "another folder, then run the same command again, without --fresh")
-    if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EROFS):
+    if number in (errno.EACCES, errno.EROFS):
         return (f"cannot use {e.filename}: {e.strerror}. Change the permissions or choose another "
                 "folder")
     no_memory = "DefaultCPUAllocator" in text or "ALLOC_FAILED" in text

