@@ -20,7 +20,6 @@ frames on two CPU cores. Its output for the real clips is kept, so later runs ta
 import hashlib
 import json
 import math
-import os
 import pickle
 import re
 import subprocess
