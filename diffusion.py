@@ -553,15 +553,12 @@ class LatentDiffusion:
         self.std = std.view(-1, 1, 1, 1).to(self.device)
         self.bound = bound
 
-    def to_z(self, x):
-        """Videos -> z of stage 1, not normalised; without a stage 1 the videos themselves"""
-        return self.vqgan.encode(x) if self.vqgan else x
-
     def normalize(self, z):
         return (z - self.mean) / self.std
 
     def encode(self, x):
-        return self.normalize(self.to_z(x))
+        z = self.vqgan.encode(x) if self.vqgan else x
+        return self.normalize(z)
 
     def decode(self, latents):
         z = latents * self.std + self.mean
@@ -725,7 +722,7 @@ def encode_dataset(model, videos, n, folder, autocast):
                 flips = mirrored[part]
                 clips[flips] = clips[flips, :, :, ::-1]
                 with torch.no_grad(), autocast():
-                    batch = model.to_z(to_float(clips).to(model.device))
+                    batch = model.vqgan.encode(to_float(clips).to(model.device))
                 z[part] = batch.cpu().numpy()
             z.flush()
             del z
