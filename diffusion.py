@@ -439,11 +439,9 @@ def classifier_free_guidance(unet, labels, scale):
             return unet(x, t)
         if scale == 1:
             return unet(x, t, labels)
-        null_labels = torch.full_like(labels, unet.num_classes)
-        both_labels = torch.cat([labels, null_labels])
-        x_twice = torch.cat([x, x])
-        t_twice = torch.cat([t, t])
-        conditional, null = unet(x_twice, t_twice, both_labels).chunk(2)
+        both_labels = torch.cat([labels, torch.full_like(labels, -1)])       # -1: the null label
+        outputs = unet(torch.cat([x, x]), torch.cat([t, t]), both_labels)
+        conditional, null = outputs.chunk(2)
         return torch.lerp(null, conditional, scale)
     return network
 
