@@ -193,11 +193,10 @@ class Attention(nn.Module):
         h = self.norm(x).movedim(1, -1)                                      # (B*T, H, W, C)
         h = h.reshape(-1, T, H * W, C)                                       # (B, T, HW, C)
         if self.axes == "time":
-            h = h.transpose(1, 2).flatten(0, 1).contiguous()                 # (B*HW, T, C)
-        elif self.axes == "space":
-            h = h.flatten(0, 1)                                              # (B*T, HW, C)
-        else:
-            h = h.flatten(1, 2)                                              # (B, T*HW, C)
+            h = h.transpose(1, 2)                                            # (B, HW, T, C)
+        elif self.axes == "both":
+            h = h.flatten(1, 2)[:, None]                                     # (B, 1, T*HW, C)
+        h = h.flatten(0, 1).contiguous()                                     # (., L, C)
         h = self.qkv(h).unflatten(-1, (3, self.heads, -1))                   # (., L, 3, heads, D)
         q, k, v = h.permute(2, 0, 3, 1, 4)                                   # (., heads, L, D)
         bias = self.relative_bias(T)
@@ -216,10 +215,8 @@ def relative_index(T, size, max_distance, device):
     grid = torch.cartesian_prod(*ranges).T                                   # (3, L)
     t, y, x = grid[:, None, :] - grid[:, :, None]                            # (L, L) each
     t = t.clamp(-max_distance, max_distance) + max_distance                  # all from 0
-    y = y + size - 1
-    x = x + size - 1
     offsets = 2 * size - 1                                       # of y, and of x
-    return (t * offsets + y) * offsets + x
+    return (t * offsets + y + size - 1) * offsets + x + size - 1
 
 class UNetBlock(nn.Module):
     """A residual block, then the attentions: each over "time", "space" or "both"."""
