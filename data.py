@@ -792,7 +792,8 @@ def probe(path):
             if not stream.frames and rate > 120:                  # a time base, no frame rate
                 return 0, 0
             played = round(seconds * rate)                        # without what was trimmed off
-            return min(stream.frames or played, played or stream.frames), rate
+            known = [n for n in (stream.frames, played) if n]
+            return min(known, default=0), rate
     except Exception:                                             # decoding will say what is wrong
         return 0, 0
 

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import math
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -176,12 +176,9 @@ class Attention(nn.Module):
         bias = -(distance - preferred).abs().float()                         # (heads, distances)
         in_space = (2 * self.size - 1) ** 2
         self.bias = nn.Parameter(bias.repeat_interleave(in_space, 1))
-        self.reused = None                                       # the biases, in reuse_biases()
 
     def relative_bias(self, T):
         """The bias of each pair of positions of T frames: (heads, L, L)"""
-        if self.reused is not None:
-            return self.reused
         if self.axes == "space":                                 # one frame at a time
             T = 1
         index = relative_index(T, self.size, self.max_distance, self.bias.device)    # (L, L)
@@ -215,8 +212,10 @@ def relative_index(T, size, max_distance, device):
     grid = torch.cartesian_prod(*ranges).T                                   # (3, L)
     t, y, x = grid[:, None, :] - grid[:, :, None]                            # (L, L) each
     t = t.clamp(-max_distance, max_distance) + max_distance                  # all from 0
+    y = y + size - 1
+    x = x + size - 1
     offsets = 2 * size - 1                                       # of y, and of x
-    return (t * offsets + y + size - 1) * offsets + x + size - 1
+    return (t * offsets + y) * offsets + x
 
 class UNetBlock(nn.Module):
     """A residual block, then the attentions: each over "time", "space" or "both"."""
@@ -596,10 +595,9 @@ class LatentDiffusion:
             t_last = frame_times[:, -1]                          # this frame is never given
             return self.diffusion.predict_x0_eps(x, output, t_last, self.bound)
         times = self.diffusion.sampling_times(steps)
-        with reuse_biases(self.unet, T):
-            for x, x0 in SAMPLERS[sampler](denoise, self.diffusion, x, times, randn):
-                if progress:
-                    progress(x, x0)
+        for x, x0 in SAMPLERS[sampler](denoise, self.diffusion, x, times, randn):
+            if progress:
+                progress(x, x0)
         return torch.cat([cond_frames, x[:, :, K:]], 2)
 
 def noise_stream(seed):
@@ -815,7 +813,8 @@ def loss_by_time(history):
     history: (losses (b,), u (b,)) of the last 20 steps, or of fewer after a start; u in [0, 1): the
     time, divided by timesteps.
     """
-    losses, u = map(torch.cat, zip(*history))                                # (N,) each
+    losses = torch.cat([losses for losses, _ in history])                    # (N,)
+    u = torch.cat([u for _, u in history])
     quarter = F.one_hot((4 * u).long(), 4).float()                           # (N, 4)
     sums = losses @ quarter                                                  # (4,)
     means = sums / quarter.sum(0).clamp_min(1)
@@ -943,8 +942,8 @@ def main():
     print(f"done: {run.path}, the log {run.log_path}, samples {out / 'diffusion.gif'}")
 
 # --------------------------------------------------------------------------------------------------
-# workarounds, torch 2.13: without them GroupNorm would be nn.GroupNorm, attend() torch's fused
-# kernel, and reuse_biases() not there
+# workarounds, torch 2.13: without them GroupNorm would be nn.GroupNorm, and attend() torch's fused
+# kernel
 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm of each frame, with at least 4 channels a group. On a GPU it stays in x's type:
@@ -977,23 +976,6 @@ def attend(q, k, v, bias):
         weights = (q * D ** -0.5) @ k.mT + bias                                # (N, heads, L, L)
         return weights.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias[None])
-
-@contextmanager
-def reuse_biases(unet, T):
-    """While sampling clips of T latent frames, weights and length do not change. So each attention
-    gathers its biases once, here, and not in every call: torch.compile's CUDA graph then finds them
-    at one address. A reuse_biases() inside another one changes nothing.
-    """
-    layers = []
-    for m in unet.modules():
-        if isinstance(m, Attention) and m.reused is None:
-            m.reused = m.relative_bias(T)
-            layers.append(m)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.reused = None
 
 if __name__ == "__main__":
     run_main(main)

@@ -30,7 +30,7 @@ from data import (IMAGE_SUFFIXES, OUTPUT_MARK, RANK, WORLD, UserError, cast_weig
                   new_array, output_folder, parse_flags, peak_memory, pick_device, read_frames,
                   read_video, run_main, run_name, save_grid, set_up_compile, start_processes,
                   to_float, to_uint8, wait_for_all)
-from diffusion import DEFAULT_SAMPLER, SAMPLERS, load_diffusion, noise_stream, reuse_biases
+from diffusion import DEFAULT_SAMPLER, SAMPLERS, load_diffusion, noise_stream
 from vqgan3d import PatchUp, TimeUp
 
 @dataclass
@@ -315,8 +315,7 @@ def main():
             new_array(temporary, np.uint8, shape)
         wait_for_all()
         samples = np.load(temporary, mmap_mode="r+")             # not held in memory
-        with reuse_biases(model.unet, model.shape[1]):           # the same ones for all batches
-            sample_share(plan, cfg, model, autocast, samples)
+        sample_share(plan, cfg, model, autocast, samples)
         del samples                                         # Windows cannot rename an open file
         wait_for_all()
         if RANK:

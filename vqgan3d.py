@@ -249,7 +249,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def update_usage(self, codes):
         """Moving average of how often each code is used, over all processes."""
-        count = torch.zeros_like(self.usage).scatter_(0, codes, 1.0, reduce="add")
+        count = torch.zeros_like(self.usage)
+        count.scatter_add_(0, codes, torch.ones_like(codes, dtype=count.dtype))
         all_reduce_sum(count)
         scale = len(count) / (len(codes) * WORLD)
         self.usage.lerp_(count * scale, 0.02)
@@ -544,8 +545,8 @@ def train_step(cfg, nets, clips, frame, step, starts, run):
     frame (B,): which frame of each clip VGG16 sees.
     """
     nets.vqgan.quantizer.started = step >= starts["vq_start"]
-    train_disc = nets.disc and step >= starts["disc_start"]
-    use_gan = nets.disc and step >= starts["gan_start"]
+    train_disc = nets.disc is not None and step >= starts["disc_start"]
+    use_gan = nets.disc is not None and step >= starts["gan_start"]
     fraction = 1 / len(run.micro_batches)
     losses = {}
     for part in run.micro_batches:
@@ -686,10 +687,8 @@ class Muon(torch.optim.Optimizer):
     those with a large gradient. torch.optim.Muon takes matrices only; here nearly every parameter
     is a convolution kernel.
     """
-    momentum = 0.95
-
-    def __init__(self, params, lr):
-        super().__init__(params, dict(lr=lr))
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -702,8 +701,8 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum"] = torch.zeros_like(p)
             m = state["momentum"]
-            m.lerp_(p.grad, 1 - self.momentum)
-            u = p.grad.lerp(m, self.momentum)                                # Nesterov
+            m.lerp_(p.grad, 1 - group["momentum"])
+            u = p.grad.lerp(m, group["momentum"])                            # Nesterov
             u = u.reshape(len(p), -1)                                        # (out, in * kernel)
             by_shape.setdefault(u.shape, []).append((p, u))
         for shape, pairs in by_shape.items():

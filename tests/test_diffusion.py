@@ -353,25 +353,6 @@ def test_a_grid_that_does_not_halve_is_refused():
     with pytest.raises(diffusion.UserError, match="--mults"):
         make_unet(mults=(1, 1, 1, 1, 1))
 
-def test_biases_are_those_of_the_weights_and_the_length():
-    """Biases gathered once for another number of frames, or kept after sampling: of older weights,
-    and without a gradient."""
-    torch.manual_seed(0)
-    attention = Attention(16, 8, "both", 4)
-    torch.nn.init.normal_(attention.proj.weight)
-    x = torch.randn(6, 16, 4, 4)
-    with torch.no_grad():
-        six, three = attention(x, 6), attention(x, 3)
-        for T, expected in (6, six), (3, three), (6, six):
-            with diffusion.reuse_biases(attention, T):
-                assert torch.equal(attention(x, T), expected)
-    assert (six - three).abs().max() > 1e-3
-    attention.bias.data.normal_()
-    later = attention(x, 6)
-    later.sum().backward()
-    assert (later - six).abs().max() > 1e-3
-    assert attention.bias.grad.abs().sum() > 0
-
 # --------------------------------------------------------------------------------------------------
 # guidance
 
