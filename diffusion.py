@@ -435,9 +435,11 @@ def classifier_free_guidance(unet, labels, scale):
             return unet(x, t)
         if scale == 1:
             return unet(x, t, labels)
-        both_labels = torch.cat([labels, torch.full_like(labels, -1)])       # -1: the null label
-        outputs = unet(torch.cat([x, x]), torch.cat([t, t]), both_labels)
-        conditional, null = outputs.chunk(2)
+        null_labels = torch.full_like(labels, -1)
+        both_labels = torch.cat([labels, null_labels])
+        x_twice = torch.cat([x, x])
+        t_twice = torch.cat([t, t])
+        conditional, null = unet(x_twice, t_twice, both_labels).chunk(2)
         return torch.lerp(null, conditional, scale)
     return network
 
@@ -595,7 +597,8 @@ class LatentDiffusion:
             t_last = frame_times[:, -1]                          # this frame is never given
             return self.diffusion.predict_x0_eps(x, output, t_last, self.bound)
         times = self.diffusion.sampling_times(steps)
-        for x, x0 in SAMPLERS[sampler](denoise, self.diffusion, x, times, randn):
+        sampler = SAMPLERS[sampler]
+        for x, x0 in sampler(denoise, self.diffusion, x, times, randn):
             if progress:
                 progress(x, x0)
         return torch.cat([cond_frames, x[:, :, K:]], 2)
@@ -805,7 +808,8 @@ def random_draws(cfg, model, labels, stream):
         labels = torch.where(drop, -1, labels)
     has_cond = torch.rand(B, generator=stream) < cfg.cond_prob
     num_cond = torch.randint(T, (B,), generator=stream)
-    return u, model.diffusion.times(u), eps, labels, num_cond * has_cond
+    num_cond = num_cond * has_cond
+    return u, model.diffusion.times(u), eps, labels, num_cond
 
 def loss_by_time(history):
     """Mean loss in each quarter of the times, from nearly clean to nearly noise.
@@ -815,7 +819,8 @@ def loss_by_time(history):
     """
     losses = torch.cat([losses for losses, _ in history])                    # (N,)
     u = torch.cat([u for _, u in history])
-    quarter = F.one_hot((4 * u).long(), 4).float()                           # (N, 4)
+    index = (4 * u).long()
+    quarter = F.one_hot(index, 4).float()                                    # (N, 4)
     sums = losses @ quarter                                                  # (4,)
     means = sums / quarter.sum(0).clamp_min(1)
     return {f"loss_t{i + 1}": mean for i, mean in enumerate(means)}
@@ -842,7 +847,9 @@ def train_step(cfg, unet, model, opts, batch, latents, step, run):
     run.scaler.update()
     decay = min(cfg.ema, (1 + step) / (10 + step))               # at first a shorter average
     update_average = get_ema_multi_avg_fn(decay)
-    update_average(list(model.unet.parameters()), list(unet.parameters()), None)   # None: not used
+    averages = list(model.unet.parameters())
+    weights = list(unet.parameters())
+    update_average(averages, weights, None)                      # None: not used
     return torch.cat(losses), torch.cat(us)
 
 def build_networks(cfg, vqgan, clip_format, classes, run):
@@ -938,7 +945,8 @@ def main():
         # log
         history.append((losses, u))
         by_time = loss_by_time(history)
-        run.log(step, dict(loss=losses.mean()), **by_time, lr=opts[0].param_groups[0]["lr"])
+        lr = opts[0].param_groups[0]["lr"]
+        run.log(step, dict(loss=losses.mean()), **by_time, lr=lr)
     print(f"done: {run.path}, the log {run.log_path}, samples {out / 'diffusion.gif'}")
 
 # --------------------------------------------------------------------------------------------------

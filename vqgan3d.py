@@ -404,7 +404,9 @@ def reconstruction_loss(x, y, vgg=None, frame=None):
     losses = dict(mse=F.mse_loss(y, x))
     if vgg is not None:
         i = torch.arange(len(x), device=x.device)
-        losses["perceptual"] = vgg(x[i, :, frame], y[i, :, frame])           # (B, 3, H, W) each
+        frame_x = x[i, :, frame]                                             # (B, 3, H, W)
+        frame_y = y[i, :, frame]
+        losses["perceptual"] = vgg(frame_x, frame_y)
     return losses
 
 def vq_loss(z, e):
@@ -578,14 +580,17 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
     vqgan.train()
     y = torch.cat(outputs)
     codes = torch.cat(codes)
-    pairs = np.concatenate([clips[:8], to_uint8(y[:8])], axis=2)             # original above
+    reconstructions = to_uint8(y[:8])
+    pairs = np.concatenate([clips[:8], reconstructions], axis=2)             # original above
     save_grid(path, pairs, columns=len(pairs))
     codes_used, perplexity = code_usage(codes, vqgan.config.codes)
     return dict(psnr=psnr(x, y).mean().item(), codes_used=codes_used, perplexity=perplexity)
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of videos in [-1, 1], clipped: (B,)"""
-    error = (x.clamp(-1, 1) - y.clamp(-1, 1)) / 2                            # pixels range over 1
+    x = x.clamp(-1, 1)
+    y = y.clamp(-1, 1)
+    error = (x - y) / 2                                                      # pixels range over 1
     mse = error.square().flatten(1).mean(1)
     return -10 * mse.clamp_min(1e-10).log10()
 
@@ -748,7 +753,11 @@ def make_optimizers(model, lr):
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"   # 553 MB; sha256 397923af...
 
 VGG16_CHANNELS = (                   # of each convolution; 0: max pooling
-    64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512
+    64, 64, 0,
+    128, 128, 0,
+    256, 256, 256, 0,
+    512, 512, 512, 0,
+    512, 512, 512,
 )
 
 class VGG16(nn.Module):
@@ -762,7 +771,8 @@ class VGG16(nn.Module):
         C = 3
         for D in VGG16_CHANNELS:
             if D:
-                layers += [nn.Conv2d(C, D, 3, padding=1), nn.ReLU()]
+                layers.append(nn.Conv2d(C, D, 3, padding=1))
+                layers.append(nn.ReLU())
                 C = D
             else:
                 layers.append(nn.MaxPool2d(2))

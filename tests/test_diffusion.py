@@ -438,22 +438,6 @@ def test_more_steps_than_trained_are_refused(steps):
     with pytest.raises(diffusion.UserError, match="--steps"):
         make_model().sample([0], None, 1.0, "dpm", steps)
 
-def test_biases_are_gathered_once_a_sample(monkeypatch):
-    """A cache that is never used, which nobody sees but in the time; one that outlives the sample
-    and shows older weights."""
-    gathered, relative_index = [], diffusion.relative_index
-    def record(*args):
-        gathered.append(args)
-        return relative_index(*args)
-    monkeypatch.setattr(diffusion, "relative_index", record)
-    model = make_model()
-    attentions = [m for m in model.unet.modules() if isinstance(m, Attention)]
-    before = model.sample([0], None, 1.0, "ddim", 5)
-    assert len(gathered) == len(attentions)
-    for attention in attentions:
-        attention.bias.data.normal_(std=3)
-    assert (model.sample([0], None, 1.0, "ddim", 5) - before).abs().max() > 1e-3
-
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_given_frames_stay(sampler):
     """Given frames that are noised or changed."""
