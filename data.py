@@ -220,7 +220,7 @@ class Source(NamedTuple):
 class Listing(NamedTuple):
     """What was found of one split."""
     sources: list    # of Source, in natural order of their names
-    remarks: dict    # what to say about videos, as of find_sources()
+    remarks: dict    # what to say -> names of videos, as find_sources() returns it
     classes: list    # names, []: no classes; None: take those of the training videos
     needs_split: bool = False    # are there no splits yet?
 
@@ -297,8 +297,8 @@ def are_times(last, falls):
     """Are these the last numbers of dates or times? last: one a frame; falls: where it falls next.
 
     A second video usually counts again as the first did: no times. A time begins again at its unit:
-    after 55 seconds come 0, and 60 - 55 is a step of 5. So they are times if each fall plus some
-    unit is a step of at most twice the longest.
+    after second 55 comes second 0, a fall of -55, and -55 + 60 is a step of 5. So they are times if
+    each fall plus some unit is a step of at most twice the longest.
     """
     steps = np.diff(last)
     longest = steps.max()
@@ -943,7 +943,7 @@ def check_disk(folder, need, title):
                         "--data_dir, or prepare fewer pixels (--size)")
 
 def print_remarks(title, remarks):
-    """Count and name the videos that are not used, or not whole: a dict of find_sources()."""
+    """Count and name the videos that are not used, or not whole. remarks: see find_sources()."""
     for kind, names in sorted(remarks.items()):
         verb = "" if kind.startswith("used") else "skipped "
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -1197,6 +1197,8 @@ def parse_flags(Config, presets={}, argv=None):
             parser.error(f"argument --{name}: {value} is too small")
         if comments.get(name, "").startswith("fraction") and value > 1:
             parser.error(f"argument --{name}: {value:g} is not a fraction, from 0 to 1")
+        if name == "seed" and value > 10 ** 9:
+            parser.error(f"argument --seed: {value} is too large, give at most {10 ** 9}")
         if name == "data" and not value:
             parser.error("argument --data is empty: name a set, a folder or an .npy file")
         print(f"  --{name} {value}   (instead of {values.get(name)})")
@@ -1614,7 +1616,7 @@ class Run:
         for name, value in values.items():
             if not torch.as_tensor(value).isfinite().all():
                 raise UserError(f"step {step}: {name} is not finite; {self.last_good()}. "
-                                "Lower --lr, or that loss's weight, then run again")
+                                "Lower --lr or, if it is a loss, its weight, then run again")
 
     def last_good(self):
         if self.path.exists() and not self.fresh:

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import math
 from collections import deque
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -176,9 +176,12 @@ class Attention(nn.Module):
         bias = -(distance - preferred).abs().float()                         # (heads, distances)
         in_space = (2 * self.size - 1) ** 2
         self.bias = nn.Parameter(bias.repeat_interleave(in_space, 1))
+        self.reused = None                                       # the biases, in reuse_biases()
 
     def relative_bias(self, T):
         """The bias of each pair of positions of T frames: (heads, L, L)"""
+        if self.reused is not None:
+            return self.reused
         if self.axes == "space":                                 # one frame at a time
             T = 1
         index = relative_index(T, self.size, self.max_distance, self.bias.device)    # (L, L)
@@ -233,10 +236,11 @@ class UNetBlock(nn.Module):
         return x
 
 class UNet(nn.Module):
-    """(x (B, C, T, H, W), t (B,) or (B, T), label (B,) in 0 ... num_classes) -> prediction like x
+    """(x (B, C, T, H, W), t (B,) or (B, T), label (B,)) -> prediction like x
 
-    Each frame may have a noise level t of its own: given frames have 0. Label num_classes is the
-    null label, any class, and so is -1. With num_classes = 0 labels are ignored.
+    Each frame may have a noise level t of its own: given frames have 0. Labels are 0 ...
+    num_classes - 1; num_classes or -1 is the null label: of no known class. With num_classes = 0
+    labels are ignored.
     """
     def __init__(self, config, channels, frames, size, num_classes):
         super().__init__()
@@ -355,7 +359,7 @@ class Diffusion:
             raise UserError(f"--noise_shift {noise_shift:g}: must be more than 0")
         self.timesteps = timesteps
         self.predict = predict
-        if noise_schedule == "linear":                           # beta 1e-4 to 0.02 if 1000
+        if noise_schedule == "linear":                           # 1e-4 to 0.02 at 1000 timesteps
             beta = torch.linspace(0.1 / timesteps, 20 / timesteps, timesteps, dtype=torch.float64)
         else:                                                    # Nichol & Dhariwal 2021, eq. 17
             t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
@@ -598,9 +602,10 @@ class LatentDiffusion:
             return self.diffusion.predict_x0_eps(x, output, t_last, self.bound)
         times = self.diffusion.sampling_times(steps)
         sampler = SAMPLERS[sampler]
-        for x, x0 in sampler(denoise, self.diffusion, x, times, randn):
-            if progress:
-                progress(x, x0)
+        with reuse_biases(self.unet, T):
+            for x, x0 in sampler(denoise, self.diffusion, x, times, randn):
+                if progress:
+                    progress(x, x0)
         return torch.cat([cond_frames, x[:, :, K:]], 2)
 
 def noise_stream(seed):
@@ -696,7 +701,8 @@ def encode_dataset(model, videos, n, folder, autocast):
     """z of n random windows in a float16 memory map (n, C, T, H, W), and labels (n,).
 
     Every video comes once before any comes twice. The file is named by what determines it, and
-    written under another name first: a file that exists is a finished one. Others are deleted.
+    written under another name first: a file that exists is a finished one. Before one is written,
+    those of other settings in the folder are deleted.
     """
     rng = np.random.default_rng(0)
     windows = videos.draw(n, rng)
@@ -950,8 +956,8 @@ def main():
     print(f"done: {run.path}, the log {run.log_path}, samples {out / 'diffusion.gif'}")
 
 # --------------------------------------------------------------------------------------------------
-# workarounds, torch 2.13: without them GroupNorm would be nn.GroupNorm, and attend() torch's fused
-# kernel
+# workarounds, torch 2.13: without them GroupNorm would be nn.GroupNorm, attend() torch's fused
+# kernel, and reuse_biases() not there
 
 class GroupNorm(nn.GroupNorm):
     """nn.GroupNorm of each frame, with at least 4 channels a group. On a GPU it stays in x's type:
@@ -984,6 +990,23 @@ def attend(q, k, v, bias):
         weights = (q * D ** -0.5) @ k.mT + bias                                # (N, heads, L, L)
         return weights.softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v, bias[None])
+
+@contextmanager
+def reuse_biases(unet, T):
+    """While sampling clips of T latent frames, weights and length do not change. So each attention
+    gathers its biases once, here, and not in every call: torch.compile's CUDA graph then finds them
+    at one address. A reuse_biases() inside another one changes nothing.
+    """
+    layers = []
+    for m in unet.modules():
+        if isinstance(m, Attention) and m.reused is None:
+            m.reused = m.relative_bias(T)
+            layers.append(m)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reused = None
 
 if __name__ == "__main__":
     run_main(main)

@@ -30,7 +30,7 @@ from data import (IMAGE_SUFFIXES, OUTPUT_MARK, RANK, WORLD, UserError, cast_weig
                   new_array, output_folder, parse_flags, peak_memory, pick_device, read_frames,
                   read_video, run_main, run_name, save_grid, set_up_compile, start_processes,
                   to_float, to_uint8, wait_for_all)
-from diffusion import DEFAULT_SAMPLER, SAMPLERS, load_diffusion, noise_stream
+from diffusion import DEFAULT_SAMPLER, SAMPLERS, load_diffusion, noise_stream, reuse_biases
 from vqgan3d import PatchUp, TimeUp
 
 @dataclass
@@ -264,7 +264,8 @@ def sample_share(plan, cfg, model, autocast, samples):
     num_cond = 0 if plan.start is None else plan.start.shape[2]
     num_calls = count_sampler_calls(T, length, num_cond)
     batch_starts = range(RANK * cfg.batch_size, plan.n, WORLD * cfg.batch_size)
-    total = len(batch_starts) * plan.steps * num_calls
+    steps = len(model.diffusion.sampling_times(plan.steps))      # eps takes fewer than asked for
+    total = len(batch_starts) * steps * num_calls
     bar = tqdm(total=total, desc="sampling", disable=RANK > 0)
     for i in batch_starts:
         batch = range(i, min(plan.n, i + cfg.batch_size))
@@ -315,7 +316,8 @@ def main():
             new_array(temporary, np.uint8, shape)
         wait_for_all()
         samples = np.load(temporary, mmap_mode="r+")             # not held in memory
-        sample_share(plan, cfg, model, autocast, samples)
+        with reuse_biases(model.unet, model.shape[1]):           # the same ones for all batches
+            sample_share(plan, cfg, model, autocast, samples)
         del samples                                         # Windows cannot rename an open file
         wait_for_all()
         if RANK:

@@ -5,7 +5,7 @@
     python vqgan3d.py                                        # the toy; 4 to 9 minutes on two cores
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
     torchrun --nproc_per_node 4 vqgan3d.py --data sky        # 4 GPUs, a part of each batch on each
-    python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0    # on a CPU
+    python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0  # without GPU
 
 Five losses; the weight of each is the flag of its name:
     mse         squared error of the pixels
@@ -47,7 +47,7 @@ class Config:
     width: int = 64               # channels at the finest level; each next has 3 times, up to 384
     blocks: int = 2               # residual blocks at each level, in encoder and decoder
     codes: int = 4096             # entries of the codebook
-    code_dim: int = 6             # channels of the latent; from 3 to 16 as many codes are used
+    code_dim: int = 6             # channels of the latent; any from 3 to 16 uses equally many codes
     # weights of the losses
     mse: float = 1.0              # squared error of the pixels
     perceptual: float = 0.03      # distance of VGG16 features; 0 leaves VGG16 out

@@ -353,6 +353,25 @@ def test_a_grid_that_does_not_halve_is_refused():
     with pytest.raises(diffusion.UserError, match="--mults"):
         make_unet(mults=(1, 1, 1, 1, 1))
 
+def test_biases_are_those_of_the_weights_and_the_length():
+    """Biases gathered once for another number of frames, or kept after sampling: of older weights,
+    and without a gradient."""
+    torch.manual_seed(0)
+    attention = Attention(16, 8, "both", 4)
+    torch.nn.init.normal_(attention.proj.weight)
+    x = torch.randn(6, 16, 4, 4)
+    with torch.no_grad():
+        six, three = attention(x, 6), attention(x, 3)
+        for T, expected in (6, six), (3, three), (6, six):
+            with diffusion.reuse_biases(attention, T):
+                assert torch.equal(attention(x, T), expected)
+    assert (six - three).abs().max() > 1e-3
+    attention.bias.data.normal_()
+    later = attention(x, 6)
+    later.sum().backward()
+    assert (later - six).abs().max() > 1e-3
+    assert attention.bias.grad.abs().sum() > 0
+
 # --------------------------------------------------------------------------------------------------
 # guidance
 
@@ -437,6 +456,22 @@ def test_more_steps_than_trained_are_refused(steps):
     """A stack trace, or times that were never trained."""
     with pytest.raises(diffusion.UserError, match="--steps"):
         make_model().sample([0], None, 1.0, "dpm", steps)
+
+def test_biases_are_gathered_once_a_sample(monkeypatch):
+    """A cache that is never used, which nobody sees but in the time; one that outlives the sample
+    and shows older weights."""
+    gathered, relative_index = [], diffusion.relative_index
+    def record(*args):
+        gathered.append(args)
+        return relative_index(*args)
+    monkeypatch.setattr(diffusion, "relative_index", record)
+    model = make_model()
+    attentions = [m for m in model.unet.modules() if isinstance(m, Attention)]
+    before = model.sample([0], None, 1.0, "ddim", 5)
+    assert len(gathered) == len(attentions)
+    for attention in attentions:
+        attention.bias.data.normal_(std=3)
+    assert (model.sample([0], None, 1.0, "ddim", 5) - before).abs().max() > 1e-3
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_given_frames_stay(sampler):

@@ -130,7 +130,8 @@ def time_sampling(machine, name, model, batch, gflop, peak):
     def decode():
         with machine.autocast():
             model.decode(z)
-    step = seconds(steps, machine.device) / timed                            # (3,)
+    with diffusion.reuse_biases(model.unet, model.shape[1]):     # a CUDA graph wants the same ones
+        step = seconds(steps, machine.device) / timed                        # (3,)
     decoding = seconds(decode, machine.device)
     video_100, video_20 = ((n * step + decoding) / batch for n in (100, 20))
     share = gflop * 1e9 * batch / step.mean() / peak
