@@ -1201,7 +1201,7 @@ def parse_flags(Config, presets={}, argv=None):
             parser.error(f"argument --seed: {value} is too large, give at most {10 ** 9}")
         if name == "data" and not value:
             parser.error("argument --data is empty: name a set, a folder or an .npy file")
-        print(f"  --{name} {value}   (instead of {values.get(name)})")
+        print(f"  --{name} {value}   (instead of {values.get(name)!r})")
     if "data" in flags and flags["data"] not in SETS:             # videos/ and videos are one set
         flags["data"] = os.path.abspath(flags["data"])
         if flags.get("out") and os.path.realpath(flags["out"]) == os.path.realpath(flags["data"]):
@@ -1474,7 +1474,7 @@ class Run:
             if "opts" not in checkpoint:
                 raise UserError(f"{self.path} was exported for sampling and cannot be trained: "
                                 "give another --out")
-            then = vars(type(cfg)()) | checkpoint["config"]
+            then = vars(type(cfg)()) | checkpoint["config"] | dict(fresh=False)
             changed = [name for name, value in vars(cfg).items() if value != then[name]]
             refused = [name for name in changed if name in fixed]
             if refused:
@@ -1483,7 +1483,7 @@ class Run:
                                 "another --out, or --fresh to start anew")
             print(f"resuming {self.path} at step {checkpoint['step']}")
             for name in changed:
-                print(f"  --{name} {getattr(cfg, name)}   (until now {then[name]})")
+                print(f"  --{name} {getattr(cfg, name)}   (until now {then[name]!r})")
             if "steps" in changed:
                 print("  the learning rate goes on at this step's place in the new schedule")
         step = checkpoint["step"] if checkpoint else 0
