@@ -31,7 +31,7 @@ class Flags(NamedTuple):
 
 SKY = {
     "cpu": Flags("--crop 64 --width 32 --perceptual 0.03 --disc_width 16 --lr 3e-3 --batch_size 4 "
-                 "--steps 4500 --eval_every 500 --eval_clips 12",
+                 "--steps 9000 --eval_every 500 --eval_clips 12",
                  "--predict v --width 48 --blocks 1 --full_attention_tokens 256 --head_dim 48 "
                  "--batch_size 8 --grad_accum_steps 1 --lr 4e-3 --ema 0.995 --num_latents 578 "
                  "--steps 2000 --eval_every 300", 128),
