@@ -761,6 +761,8 @@ def prepare_array(folder, path):
         array = np.load(path, mmap_mode="r")
         if array.dtype != np.uint8:
             raise ValueError(f"its values are {array.dtype}")
+        if not array.size:
+            raise ValueError("it is empty")
         N, T, H, W, C = move_channels_last(array).shape
         if max(H, W) > 32 * min(H, W):
             raise ValueError(f"its frames are {W} x {H}, over 32 times as long as wide")
@@ -1022,10 +1024,6 @@ class Videos:
     def __len__(self):
         return len(self.videos)
 
-    def __getitem__(self, place):
-        """The window at a place of draw(): (video, start)."""
-        return self.window(*place)
-
     def num_windows(self, i):
         """How many windows video i has."""
         return self.videos[i].frames - self.span + 1
@@ -1122,11 +1120,10 @@ def explain(e):
         return "interrupted; training and decoding go on if the command is repeated without --fresh"
     if isinstance(e, BrokenPipeError):
         return "what reads the output was closed"
-    number = getattr(e, "errno", None)                            # of an OSError
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (f"cannot write {e.filename or 'a file'}: {e.strerror}. Free some space or choose "
                 "another folder, then run the same command again, without --fresh")
-    if number in (errno.EACCES, errno.EROFS):
+    if isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EROFS):
         return (f"cannot use {e.filename}: {e.strerror}. Change the permissions or choose another "
                 "folder")
     no_memory = "DefaultCPUAllocator" in text or "ALLOC_FAILED" in text
@@ -1425,6 +1422,8 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise UserError(f"there is no {path}: train it first (python vqgan3d.py --data ..., then "
                         "python diffusion.py --data ...), or give --vqgan or --checkpoint")
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder: give the .pt file in it")
     except Exception as e:                               # a damaged file can raise anything
         if explain(e):                                   # but that is no fault of the file
             raise

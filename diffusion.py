@@ -259,7 +259,7 @@ class UNet(nn.Module):
             n = size >> i
             few = frames * n * n <= c.full_attention_tokens
             levels.append((c.width * mult, n, "both" if few else "time"))
-        middle_attentions = ["both"] if few else ["space", "time"]
+        middle_attentions = ["both"] if few else ["space", "time"]     # few, n: of the last level
         E = 2 * c.width
         self.emb = nn.Sequential(
             nn.Linear(c.width, E),
@@ -720,7 +720,7 @@ def encode_dataset(model, videos, n, folder, autocast):
             z = new_array(temporary, np.float16, (n, *model.shape))
             for k in tqdm(range(0, n, 16), desc="encoding", unit_scale=16, unit=" clips"):
                 part = slice(k, k + 16)
-                clips = np.stack([videos[window] for window in windows[part]])
+                clips = np.stack([videos.window(*window) for window in windows[part]])
                 flips = mirrored[part]
                 clips[flips] = clips[flips, :, :, ::-1]
                 with torch.no_grad(), autocast():

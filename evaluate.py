@@ -258,22 +258,30 @@ def read_settings(path):
         return {k: v for k, v in settings.items() if k not in ("labels", "classes")}
     return {}
 
-def draw_windows(videos, n, seed, half=None):
+class Windows:
     """n random windows of a data.Videos: windows[k] is read when asked for, uint8 (T, H, W, 3).
 
     half: 0 or 1 draws from one of two disjoint halves of the videos; None from all of them.
     """
-    among = None
-    if half is not None:
-        among = np.random.default_rng(0).permutation(len(videos))[half::2]
-    return Subset(videos, videos.draw(n, np.random.default_rng(seed), among))
+    def __init__(self, videos, n, seed, half=None):
+        among = None
+        if half is not None:
+            among = np.random.default_rng(0).permutation(len(videos))[half::2]
+        self.videos = videos
+        self.windows = videos.draw(n, np.random.default_rng(seed), among)
+
+    def __len__(self):
+        return len(self.windows)
+
+    def __getitem__(self, k):
+        return self.videos.window(*self.windows[k])
 
 def count_windows(videos):
     """The number of all windows of a data.Videos"""
     return sum(videos.num_windows(i) for i in range(len(videos)))
 
 def real_logits(cfg, model, videos, n, seed, half=None):
-    """I3D logits of draw_windows(videos, n, seed, half): float64 (n, 400).
+    """I3D logits of Windows(videos, n, seed, half): float64 (n, 400).
 
     They are kept in the cache, in a file whose name is a hash of all that determines them.
     """
@@ -286,7 +294,7 @@ def real_logits(cfg, model, videos, n, seed, half=None):
     kept = open_array(path, np.float64)
     if all(gather(kept is not None)):                        # all compute it, or none
         return kept
-    windows = draw_windows(videos, n, seed, half)
+    windows = Windows(videos, n, seed, half)
     title = f"real {name}, draw {seed}"
     logits = i3d_logits(model, windows, cfg.batch_size, title, cfg.dtype)
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -443,7 +451,7 @@ def evaluate_reconstruction(cfg, device, gif):
         warnings.append("stage 1 does not quantise yet (--vq_start), so its numbers are too good: "
                         "train it further")
     i3d = load_i3d(cfg.i3d).to(device) if c.frames >= 10 else None
-    windows = draw_windows(videos, n, seed=0)
+    windows = Windows(videos, n, seed=0)
     scores = reconstruction(vqgan, windows, i3d, cfg.batch_size, cfg.dtype)
     rate = f", {c.fps:g} frames a second" if c.fps else ""
     protocol = (f"{n} {run_name(data)} test windows, stride {c.stride}{rate}; {c.frames} frames, "

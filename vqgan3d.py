@@ -125,6 +125,7 @@ class ChannelNorm(nn.Module):
         return x.movedim(-1, 1)
 
 def zero_init(layer):
+    """Make a layer's output zero, so that what it is added to is not changed at first."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
 

@@ -337,6 +337,9 @@ def test_arrays_are_resized_unpacked_and_refused(tmp_path, monkeypatch):
     np.save(tmp_path / "floats.npy", np.zeros((4, 8, 16, 16, 3)))
     with pytest.raises(data.UserError, match="uint8 from 0 to 255"):
         data.Videos(tmp_path / "floats.npy", tmp_path, "train", 16, frames=8)
+    np.save(tmp_path / "empty.npy", np.zeros((0, 8, 16, 16, 3), np.uint8))
+    with pytest.raises(data.UserError, match="it is empty"):
+        data.Videos(tmp_path / "empty.npy", tmp_path, "train", 16, frames=8)
     np.save(tmp_path / "one.npy", data.toy_videos(1, 16, 64)[0][0])
     with pytest.raises(data.UserError, match="one video alone is saved as array"):
         data.Videos(tmp_path / "one.npy", tmp_path, "train", 16, frames=8)

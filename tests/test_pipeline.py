@@ -224,6 +224,8 @@ def test_a_second_process_and_another_s_videos_do_no_harm(stage2, main):
     ("--step 3", "did you mean --steps?"),
     ("--n many", "invalid int value: 'many'"),
     ("--checkpoint cut.pt", "cut.pt is not a usable checkpoint"),
+    ("--checkpoint .", "is a folder: give the .pt file in it"),
+    ("--checkpoint good.pt --seed 99999999999", "--seed: 99999999999 is too large"),
     ("--checkpoint good.pt --sampler euler", "--sampler euler: must be one of dpm, ddim, ddpm"),
     ("--checkpoint good.pt --steps 51", "from 1 to 50"),
     ("--checkpoint good.pt --n -3", "argument --n"),
