@@ -2,7 +2,7 @@
 
     video (3, 16, 128, 128) -> encoder -> z (6, 4, 32, 32) -> nearest codes -> decoder -> video
 
-    python vqgan3d.py                                        # the toy; 4 to 9 minutes on two cores
+    python vqgan3d.py                                        # the toy; 4 to 11 minutes on two cores
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
     torchrun --nproc_per_node 4 vqgan3d.py --data sky        # 4 GPUs, a part of each batch on each
     python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0  # without GPU
@@ -17,9 +17,9 @@ Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for b
 vqgan.jsonl (the log), vqgan.gif (held-out clips over their reconstructions).
 """
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,19 +27,20 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (RANK, WORLD, Run, UserError, Videos, all_reduce_sum, average_gradients,
-                  cast_weights, first_line, load_checkpoint, main_process_first, parse_flags,
-                  run_main, run_name, save_grid, set_up_compile, to_float, to_uint8)
+from data import (LOG_EVERY, RANK, WORLD, UserError, Videos, all_reduce_sum, average_gradients,
+                  divide_batch, load_checkpoint, load_states, log,
+                  main_process_first, parse_flags, prefetch, progress, restore, resume,
+                  run_main, run_name, save_checkpoint, save_grid, source_hash, start,
+                  stop_requested, to_float, to_uint8)
 
 @dataclass
 class Config:
     data: str = "toy"             # toy, sky, ucf101, a folder of videos, or an .npy file
-    data_dir: str = "datasets"    # where the raw sets and the caches lie
+    data_dir: str = "datasets"    # where the raw sets and the cache lie
     out: str = ""                 # folder of this run; empty: runs/<data>
     size: int = 128               # pixels a side
     frames: int = 16              # frames of a clip
     stride: int = 1               # frames of the video from one frame of a clip to the next
-    fps: float = 0.0              # frames a second to bring all videos to; 0: as they are
     crop: int = 0                 # train on random squares of this many pixels; 0: whole frames
     flip: bool = False            # mirror half of the training clips; not if a class is a direction
     # the network
@@ -53,14 +54,14 @@ class Config:
     perceptual: float = 0.03      # distance of VGG16 features; 0 leaves VGG16 out
     codebook: float = 1.0         # moves the codes to the encoder's outputs
     commitment: float = 0.25      # keeps the encoder's outputs near their codes
-    gan: float = 0.1              # adversarial loss; 0 and --feature 0: no discriminator at all
+    gan: float = 0.1              # adversarial loss; 0 and --feature 0: D is not trained
     feature: float = 1.0          # L1 between the discriminator's features of video and output
     gan_ratio: float = 0.3        # limit of |gradient of gan + feature| / |of mse + perceptual|
     # training
     steps: int = 50_000           # updates of the autoencoder
     vq_start: float = 0.1         # fraction of the steps after which the latents are quantised
     disc_start: float = 0.5       # fraction of the steps after which the discriminator is trained
-    gan_start: float = 0.6        # fraction of the steps after which its losses are in use
+    gan_start: float = 0.6        # fraction of the steps after which it teaches the autoencoder
     disc_width: int = 64          # channels of the discriminator's first layer
     batch_size: int = 8           # clips a step
     grad_accum_steps: int = 1     # parts of a batch, to save memory; D's batch norm sees one part
@@ -68,16 +69,16 @@ class Config:
     disc_lr: float = 2e-4         # the discriminator's Adam, constant (DCGAN's value)
     seed: int = 0                 # everything random follows from (seed, step)
     # running
-    vgg: str = ""                 # VGG16 weights (.pth or .npz); empty: torchvision's, downloaded
     eval_every: int = 2000        # steps between evaluations, previews and checkpoints
     eval_clips: int = 64          # held-out clips of an evaluation
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
-    compile: str = "auto"         # torch.compile: auto (on a GPU), on, off
+    compile: bool = False         # torch.compile: takes a minute, then steps are faster on a GPU
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
     "toy": dict(                  # small enough for a CPU
+        size=32,
         width=32,
         codes=2048,
         perceptual=0.0,           # VGG16 knows photographs, and is a large download
@@ -100,9 +101,10 @@ PRESETS = {
         batch_size=16,
     ),
 }
-# flags that a resumed run cannot change
-FIXED = ("size", "frames", "stride", "fps", "crop", "flip", "down", "width", "blocks",
-         "codes", "code_dim", "disc_width", "seed")
+# flags that may change when a run is resumed: none that make the network or the clips
+MAY_CHANGE = ("data", "data_dir", "out", "mse", "perceptual", "codebook", "commitment", "gan",
+              "feature", "gan_ratio", "steps", "batch_size", "grad_accum_steps", "lr", "disc_lr",
+              "eval_every", "eval_clips", "device", "dtype", "compile", "fresh")
 
 # --------------------------------------------------------------------------------------------------
 # the autoencoder: convolutions factorised into space and time, on patches. Conv3d and
@@ -189,21 +191,15 @@ class Quantizer(nn.Module):
     (van den Oord et al. 2017, eq. 1-3).
 
     Until it is started it passes z on. In its first step the codebook is set to latents of that
-    batch; later a code that is hardly used is moved to a random latent of the current batch. All
-    of this state is saved, so a resumed run does not initialise the codebook again. bincount and
-    boolean indexing are avoided: the CPU would wait for the GPU.
+    batch; later a code that is hardly used is moved to a random latent of the current batch. Both
+    follow from usage, a buffer that is saved, so a resumed run does not initialise the codebook
+    again. bincount and boolean indexing are avoided: the CPU would wait for the GPU.
     """
     def __init__(self, num_codes, code_dim):
         super().__init__()
         self.codebook = nn.Parameter(torch.randn(num_codes, code_dim))
         self.register_buffer("usage", torch.zeros(num_codes))    # moving average; its mean is 1
-        self.started = False                # no buffer: to read one, the CPU must wait for the GPU
-
-    def get_extra_state(self):                                   # part of the state dict
-        return torch.tensor(self.started)
-
-    def set_extra_state(self, started):
-        self.started = bool(started)
+        self.started = False                # set by the training loop, and when a model is loaded
 
     def forward(self, z):
         """z (B, D, T, H, W) -> z_q likewise; codes (B, T, H, W), indices into the codebook; losses.
@@ -213,7 +209,7 @@ class Quantizer(nn.Module):
         B, D, T, H, W = z.shape
         if not self.started:
             codes = torch.zeros(B, T, H, W, dtype=torch.long, device=z.device)
-            zero = z.new_zeros(())
+            zero = 0 * z.sum()
             return z, codes, dict(codebook=zero, commitment=zero)
         with torch.autocast(z.device.type, enabled=False):
             flat = z.float().movedim(1, -1).reshape(-1, D)                   # (N, D)
@@ -231,6 +227,18 @@ class Quantizer(nn.Module):
     def dead_codes(self):
         """(K,): which codes are used less than a twentieth as often as the average one"""
         return self.usage < 0.05
+
+    def health(self):
+        """What the log of training tells about it"""
+        return dict(dead_codes=self.dead_codes().sum())
+
+    def statistics(self, codes):
+        """Of the codes (N,) of held-out clips: codes_used, the fraction of the codebook that
+        occurs; perplexity, exp of the entropy of their use"""
+        count = torch.bincount(codes, minlength=len(self.codebook)).double()
+        p = count / len(codes)
+        entropy = torch.special.entr(p).sum()
+        return dict(codes_used=(p > 0).double().mean().item(), perplexity=entropy.exp().item())
 
     @torch.no_grad()
     def move_dead_codes(self, flat):
@@ -260,14 +268,11 @@ def nearest_codes(flat, codebook):
     """Index of the codebook entry nearest to each vector: (N, D), (K, D) -> (N,)
 
     |z - e|^2 = |z|^2 - 2 z e + |e|^2, where |z|^2 is the same for all codes and left out. Computed
-    for a few vectors at a time: on a CPU so many that the distances stay in its cache.
+    for so many vectors at a time that the distances stay in a CPU's cache.
     """
-    limit = 2 ** 26                                                          # distances at once
-    if flat.device.type == "cpu":
-        limit = 2 ** 21
     norms = codebook.square().sum(1)
     nearest = []
-    for rows in flat.split(limit // len(codebook)):
+    for rows in flat.split(2 ** 21 // len(codebook)):
         distances = torch.addmm(norms, rows, codebook.T, alpha=-2)           # (rows, K)
         nearest.append(distances.argmin(1))
     return torch.cat(nearest)
@@ -283,27 +288,32 @@ class VQGAN(nn.Module):
         c = self.config = config
         check_sizes(c)
         # down (4, 8, 8) takes patches (1, 2, 2), (2, 2, 2), (2, 2, 2): time, in which videos change
-        # little, is halved last
+        # little, is halved last. A patch is one matrix product, far cheaper than a convolution with
+        # stride. Three times the channels for a fourth of the positions: each level costs about
+        # twice as much as the finer one
         levels = max(1, int(math.log2(max(c.down))))
-        encoder = []
-        decoder = []
-        C_finer = 3
+        channels = [3]
+        patches = []
         for i in range(levels):
-            C = min(c.width * 3 ** i, max(c.width, 384))
+            channels.append(min(c.width * 3 ** i, max(c.width, 384)))
             remaining = 2 ** (levels - i)                        # downsampling from here on
-            patch = tuple(2 if d >= remaining else 1 for d in c.down)
+            patches.append(tuple(2 if d >= remaining else 1 for d in c.down))
+        encoder = []
+        for C_finer, C, patch in zip(channels, channels[1:], patches):
             encoder.append(PatchDown(C_finer, C, patch))
             encoder += [ResBlock(C) for _ in range(c.blocks)]
-            level = [ResBlock(C) for _ in range(c.blocks)]
-            if patch[0] == 2:
-                level.insert(-1, TimeUp())                       # before the last block
-            decoder = [*level, PatchUp(C, C_finer, patch[1:]), *decoder]
-            C_finer = C
         encoder += [ChannelNorm(C), PointwiseConv3d(C, c.code_dim)]
-        stem = Conv3d(c.code_dim, C, 3, padding=1)
+        decoder = [Conv3d(c.code_dim, C, 3, padding=1)]
+        for i in reversed(range(levels)):
+            C_finer, C = channels[i:i + 2]
+            decoder += [ResBlock(C) for _ in range(c.blocks - 1)]
+            if patches[i][0] == 2:
+                decoder.append(TimeUp())
+            decoder.append(ResBlock(C))
+            decoder.append(PatchUp(C, C_finer, patches[i][1:]))
         self.encoder = nn.Sequential(*encoder)
         self.quantizer = Quantizer(c.codes, c.code_dim)
-        self.decoder = nn.Sequential(stem, *decoder)
+        self.decoder = nn.Sequential(*decoder)
         self.to(memory_format=torch.channels_last_3d)            # fastest for convolutions
 
     def encode(self, x):
@@ -319,43 +329,51 @@ class VQGAN(nn.Module):
         z_q, codes, losses = self.quantize(self.encode(x))
         return self.decode(z_q), codes, losses
 
+    def latent_frames(self, n):
+        """How many latent frames n frames of a video make"""
+        return n // self.config.down[0]
+
+    def video_frames(self, k):
+        """How many frames of a video k latent frames make"""
+        return k * self.config.down[0]
+
     def latent_shape(self):
         """(code_dim, T, H, W) of the latent of one clip"""
         c = self.config
-        t, h, w = c.down
-        return c.code_dim, c.frames // t, c.size // h, c.size // w
+        _, h, w = c.down
+        return c.code_dim, self.latent_frames(c.frames), c.size // h, c.size // w
 
-    def compile(self, **options):
-        """torch.compile for encode and decode, not for the quantiser between them."""
-        self.encode = torch.compile(self.encode, **options)
-        self.decode = torch.compile(self.decode, **options)
+    def receptive_field(self):
+        """How many latent frames the decoder sees to each side of one"""
+        side = 0
+        for layer in reversed(self.decoder):                     # from fine to coarse
+            if isinstance(layer, TimeUp):
+                side = side // 2 + 1                             # frames before the interpolation
+            elif not isinstance(layer, PatchUp):
+                side += 1                                        # one convolution of 3 in time
+        return side
 
 def check_sizes(c):
     """Refuse clips that the downsampling of a Config does not divide."""
-    down = ",".join(map(str, c.down))
-    powers_of_two = {2 ** i for i in range(10)}
-    if len(c.down) != 3 or not set(c.down) <= powers_of_two:
-        raise UserError(f"--down {down}: must be three powers of two, as in 4,8,8")
     t, h, w = c.down
-    for side in (c.size, c.crop or c.size):
-        if c.frames % t or side % h or side % w:
-            raise UserError(f"{c.frames} frames of {side} x {side} cannot be divided by --down "
-                            f"{down}: change --frames, --size, --crop or --down")
+    side = c.crop or c.size
+    divides = c.frames % t == c.size % h == c.size % w == side % h == side % w == 0
+    if not divides or any(d & (d - 1) for d in c.down):
+        raise UserError(f"--down {t},{h},{w} must be powers of two that divide the {c.frames} "
+                        f"frames and the side ({c.size}, cropped {side}): change one of them")
 
 def load_vqgan(path, device="cpu"):
     """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
-    return build_vqgan(load_checkpoint(path), path, device)
+    checkpoint = load_checkpoint(path)
+    if "codes" not in checkpoint["config"]:
+        raise UserError(f"{path} is no stage 1: give a vqgan.pt")
+    return build_vqgan(checkpoint, path, device)
 
 def build_vqgan(checkpoint, path, device):
     """load_vqgan() of a checkpoint that was loaded from path."""
-    if "codes" not in checkpoint["config"]:
-        raise UserError(f"{path} is a stage 2: give the vqgan.pt of stage 1")
-    try:
-        vqgan = VQGAN(Config(**checkpoint["config"]))
-        vqgan.load_state_dict(checkpoint["model"])
-    except (TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise UserError(f"the stage 1 in {path} does not fit the code as it is now "
-                        f"({first_line(e)}): train anew with --fresh")
+    vqgan = VQGAN(Config(**checkpoint["config"]))
+    load_states(path, checkpoint, dict(model=vqgan))
+    vqgan.quantizer.started = checkpoint["step"] >= checkpoint["starts"]["vq_start"]
     return vqgan.to(device).eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------
@@ -428,10 +446,12 @@ def generator_loss(fake_logits, fake_features, real_features):
     return dict(gan=gan, feature=feature / len(real_features))
 
 def discriminator_loss(real_logits, fake_logits):
-    """-log D(x) - log(1 - D(y))"""
+    """{"disc"}: -log D(x) - log(1 - D(y)); and, to look at, the means of D(x) and of D(y)"""
     real = F.softplus(-real_logits).mean()
     fake = F.softplus(fake_logits).mean()
-    return real + fake
+    D_real = real_logits.sigmoid().mean()
+    D_fake = fake_logits.sigmoid().mean()
+    return dict(disc=real + fake, D_real=D_real, D_fake=D_fake)
 
 def weighted_sum(cfg, losses):
     """The sum of losses by name, each times its weight in the Config."""
@@ -444,7 +464,8 @@ def join_gradients(grad_rec, grad_adv, gan_ratio):
 
     VQGAN (Esser et al. 2021, eq. 7) sets w to the ratio of the two norms at the decoder's last
     layer. Here it is a limit, measured at the pixels, which needs no extra backward pass. The
-    discriminator cannot ruin the reconstruction then, whatever its loss.
+    discriminator cannot ruin the reconstruction then, whatever its loss. A common factor of both
+    gradients, such as float16's loss scale, changes w in nothing.
     """
     square_rec = grad_rec.square().sum()
     square_adv = grad_adv.square().sum()
@@ -456,120 +477,11 @@ def join_gradients(grad_rec, grad_adv, gan_ratio):
 # --------------------------------------------------------------------------------------------------
 # training
 
-class Networks(NamedTuple):
-    """What stage 1 trains with; the last three are None where their losses have no weight."""
-    vqgan: VQGAN
-    opts: list
-    vgg: nn.Module
-    disc: nn.Module
-    disc_opt: torch.optim.Optimizer
-
-def build_networks(cfg, run):
-    vqgan = VQGAN(cfg).to(run.device)
-    vgg = disc = disc_opt = None
-    if cfg.gan or cfg.feature:
-        side = cfg.crop or cfg.size
-        disc = Discriminator(cfg.frames, side, cfg.disc_width).to(run.device)
-        if WORLD > 1 and run.device.type == "cuda":              # it needs CUDA
-            disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
-        betas = 0.5, 0.999                                       # DCGAN's
-        disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, betas, foreach=True)
-    if cfg.perceptual:
-        with main_process_first():                               # it downloads VGG16
-            vgg = load_vgg(cfg.vgg)
-        vgg = cast_weights(vgg.to(run.device), run.autocast)
-    if set_up_compile(cfg.compile, run.device):
-        networks = [vqgan, vgg]
-        if WORLD == 1:                                           # SyncBatchNorm cannot be compiled
-            networks.append(disc)
-        for network in filter(None, networks):
-            network.compile(dynamic=False)
-    opts = make_optimizers(vqgan, cfg.lr)
-    num_params = sum(p.numel() for p in vqgan.parameters())
-    latent = " x ".join(map(str, vqgan.latent_shape()))
-    print(f"{num_params / 1e6:.1f}M parameters, latent {latent}")
-    return Networks(vqgan, opts, vgg, disc, disc_opt)
-
-def backward_losses(cfg, nets, x, frame, train_disc, use_gan, fraction, run):
-    """Add the gradients of all losses of videos x, times `fraction`, to .grad -> {name: loss}
-
-    Autoencoder and discriminator are separated at y: each learns from its own losses only.
-    run.scaler multiplies all losses by the same number, with float16 only.
-    """
-    scale = run.scaler.scale
-    with run.autocast():
-        y, _, vq_losses = nets.vqgan(x)                                      # (B, 3, T, H, W)
-        rec_losses = reconstruction_loss(x, y, nets.vgg, frame)
-    loss = scale(weighted_sum(cfg, rec_losses))
-    grad_y, = torch.autograd.grad(loss, y)
-    losses = rec_losses | vq_losses
-
-    if train_disc or use_gan:
-        fake = y.detach().requires_grad_()
-        with run.autocast():
-            real_logits, real_features = nets.disc(x)
-            fake_logits, fake_features = nets.disc(fake)
-    if use_gan:
-        gan_losses = generator_loss(fake_logits, fake_features, real_features)
-        loss = scale(weighted_sum(cfg, gan_losses))
-        grad_adv, = torch.autograd.grad(loss, fake, retain_graph=True)
-        grad_y = join_gradients(grad_y, grad_adv, cfg.gan_ratio)
-        losses |= gan_losses
-    if train_disc:
-        losses["disc"] = discriminator_loss(real_logits, fake_logits)
-        loss = scale(losses["disc"] * fraction)
-        loss.backward(inputs=list(nets.disc.parameters()))       # no gradient for fake
-        losses["D_real"] = real_logits.sigmoid().mean()
-        losses["D_fake"] = fake_logits.sigmoid().mean()
-
-    # one backward pass through decoder and encoder, from the gradient at y and from the VQ loss
-    outputs = [y]
-    gradients = [grad_y * fraction]
-    vq = scale(weighted_sum(cfg, vq_losses) * fraction)
-    if vq.requires_grad:                                         # not before the codebook is used
-        outputs.append(vq)
-        gradients.append(None)
-    torch.autograd.backward(outputs, gradients)
-    return {name: loss.detach() for name, loss in losses.items()}
-
-def phase_starts(cfg, checkpoint):
-    """The steps at which quantisation, discriminator and GAN begin. What had begun before a run was
-    resumed keeps its start, whatever --steps and the fractions are now."""
-    starts = {}
-    for name in ("vq_start", "disc_start", "gan_start"):
-        starts[name] = getattr(cfg, name) * cfg.steps
-        if checkpoint and checkpoint["starts"][name] < checkpoint["step"]:
-            starts[name] = checkpoint["starts"][name]
-    return starts
-
-def train_step(cfg, nets, clips, frame, step, starts, run):
-    """One update of autoencoder and discriminator on uint8 clips (B, T, H, W, 3) -> losses
-
-    frame (B,): which frame of each clip VGG16 sees.
-    """
-    nets.vqgan.quantizer.started = step >= starts["vq_start"]
-    train_disc = nets.disc is not None and step >= starts["disc_start"]
-    use_gan = nets.disc is not None and step >= starts["gan_start"]
-    fraction = 1 / len(run.micro_batches)
-    losses = {}
-    for part in run.micro_batches:
-        x = to_float(clips[part].to(run.device, non_blocking=True))          # (B, 3, T, H, W)
-        frame_part = frame[part].to(run.device, non_blocking=True)
-        terms = backward_losses(cfg, nets, x, frame_part, train_disc, use_gan, fraction, run)
-        for name, loss in terms.items():
-            losses[name] = losses.get(name, 0) + loss * fraction
-    average_gradients(nets.vqgan, nets.disc)
-    run.update(nets.opts, cfg.lr * cosine_lr(step, cfg.steps))
-    if train_disc:
-        run.update([nets.disc_opt], cfg.disc_lr)
-    run.scaler.update()
-    return losses
-
 @torch.no_grad()
 def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
     """Reconstruct held-out uint8 clips -> dict(psnr, codes_used, perplexity); writes a GIF."""
     vqgan.eval()
-    device = vqgan.quantizer.usage.device
+    device = next(vqgan.parameters()).device
     x = to_float(clips)
     outputs = []
     codes = []
@@ -580,12 +492,10 @@ def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
         codes.append(code.cpu().flatten())
     vqgan.train()
     y = torch.cat(outputs)
-    codes = torch.cat(codes)
     reconstructions = to_uint8(y[:8])
     pairs = np.concatenate([clips[:8], reconstructions], axis=2)             # original above
     save_grid(path, pairs, columns=len(pairs))
-    codes_used, perplexity = code_usage(codes, vqgan.config.codes)
-    return dict(psnr=psnr(x, y).mean().item(), codes_used=codes_used, perplexity=perplexity)
+    return dict(psnr=psnr(x, y).mean().item(), **vqgan.quantizer.statistics(torch.cat(codes)))
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of videos in [-1, 1], clipped: (B,)"""
@@ -595,86 +505,118 @@ def psnr(x, y):
     mse = error.square().flatten(1).mean(1)
     return -10 * mse.clamp_min(1e-10).log10()
 
-def code_usage(codes, num_codes):
-    """Indices (N,) -> the fraction of the codes that occur; the perplexity, exp of their entropy"""
-    count = torch.bincount(codes, minlength=num_codes).double()
-    p = count / len(codes)
-    entropy = torch.special.entr(p).sum()
-    return (p > 0).double().mean().item(), entropy.exp().item()
-
 def main():
     cfg = parse_flags(Config, PRESETS)
-    out = Path(cfg.out or f"runs/{run_name(cfg.data)}")
-    run = Run(out / "vqgan", cfg)
+    path = Path(cfg.out or f"runs/{run_name(cfg.data)}") / "vqgan.pt"
+    gif_path = path.with_suffix(".gif")
+    device, autocast, scaler = start(cfg)
+    scale = scaler.scale
+    share, micro_batches = divide_batch(cfg.batch_size, cfg.grad_accum_steps)
+    fraction = 1 / len(micro_batches)
+    checkpoint = resume(path, cfg, MAY_CHANGE)
 
     # data
-    clip_format = cfg.size, cfg.frames, cfg.stride, cfg.fps
+    clip_format = cfg.size, cfg.frames, cfg.stride
     with main_process_first():
         train = Videos(cfg.data, cfg.data_dir, "train", *clip_format, cfg.flip, cfg.crop)
-        test = Videos(cfg.data, cfg.data_dir, "test", *clip_format, classes=train.classes or [])
+        test = Videos(cfg.data, cfg.data_dir, "test", *clip_format)
     test_clips, _ = test.fixed(cfg.eval_clips)
     def fetch(step):
-        """This process's clips of a step, and the frame of each that VGG16 sees: all random draws,
-        except those that move dead codes."""
+        """This process's clips of a step, and the frame of each that VGG16 sees"""
         rng = np.random.default_rng((cfg.seed, step))
-        clips, _ = train.batch(cfg.batch_size, rng, run.share)
+        clips, _ = train.batch(cfg.batch_size, rng, share)
         frame = rng.integers(cfg.frames, size=cfg.batch_size)
-        return clips, torch.from_numpy(frame[run.share])
+        return clips, torch.from_numpy(frame[share])
 
-    # networks, and where an earlier run stopped
+    # networks and optimisers
     torch.manual_seed(cfg.seed)
-    nets = build_networks(cfg, run)
-    vqgan = nets.vqgan
-    checkpoint = run.resume(cfg, FIXED)
-    first_step = run.restore(
-        checkpoint, train, nets.opts,
-        model=vqgan,
-        disc=nets.disc,
-        disc_opt=nets.disc_opt,
-        scaler=run.scaler,
-    )
-    starts = phase_starts(cfg, checkpoint)
+    vqgan = VQGAN(cfg).to(device)
+    disc = Discriminator(cfg.frames, cfg.crop or cfg.size, cfg.disc_width).to(device)
+    vgg = load_vgg().to(device) if cfg.perceptual else None
+    muon, adam = make_optimizers(vqgan, cfg.lr)
+    disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, (0.5, 0.999), foreach=True)
+    learners = dict(model=vqgan, disc=disc, muon=muon, adam=adam, disc_opt=disc_opt, scaler=scaler)
+    if cfg.compile:
+        vqgan.encoder.compile(dynamic=False)
+        vqgan.decoder.compile(dynamic=False)
 
-    def save(step):
-        run.save(
-            step,
-            config=vars(cfg),
-            model=vqgan.state_dict(),
-            opts=[opt.state_dict() for opt in nets.opts],
-            disc=nets.disc.state_dict() if nets.disc else None,
-            disc_opt=nets.disc_opt.state_dict() if nets.disc else None,
-            scaler=run.scaler.state_dict(),
-            starts=starts,
-            fingerprint=train.fingerprint,
-        )
+    # where an earlier run stopped; the steps at which phases begin were decided when it began
+    first_step = restore(path, checkpoint, cfg, train, learners)
+    phases = "vq_start", "disc_start", "gan_start"
+    starts = {name: getattr(cfg, name) * cfg.steps for name in phases}
+    if checkpoint:
+        starts = checkpoint["starts"]
 
-    batches = run.prefetch(fetch, first_step, cfg.steps)
-    for step in run.steps(first_step, cfg.steps, "stage 1"):
-        # once in a while: evaluate, preview and save
-        if run.evaluation_due(step, cfg.eval_every):
-            if not RANK:
-                scores = evaluate_and_preview(vqgan, test_clips, run.autocast, cfg.batch_size,
-                                              out / "vqgan.gif")
-                run.log_evaluation(step, scores)
-            if step > 0:
-                save(step)
+    batches = prefetch(fetch, first_step, cfg.steps)
+    bar = progress(first_step, cfg.steps, "stage 1")
+    for step in bar:
+        vqgan.quantizer.started = step >= starts["vq_start"]
+        train_disc = cfg.gan + cfg.feature > 0 and step >= starts["disc_start"]
+        use_gan = train_disc and step >= starts["gan_start"]
+
+        # once in a while: evaluate, preview and save; stop if a signal asked for it
+        stop = stop_requested(step)
+        due = step % cfg.eval_every == 0 or step == cfg.steps
+        if due and not RANK and (step == 0 or step > first_step):
+            scores = evaluate_and_preview(vqgan, test_clips, autocast, cfg.batch_size, gif_path)
+            bar.write(f"step {step}: {log(path, step, scores)}")
+        if step > first_step and (due or stop):
+            save_checkpoint(path, learners, step=step, config=vars(cfg), source=source_hash(cfg),
+                            starts=starts, fingerprint=train.fingerprint)
         if step == cfg.steps:
             break
-        if run.stop_requested(step):
-            save(step)
-            print(f"stopped after step {step} and saved {run.path}; the same command goes on, "
-                  "without --fresh")
-            return
+        if stop:
+            sys.exit(130)
 
-        # one optimiser step; every random draw of it follows from (seed, step)
+        # forward and backward, micro-batch by micro-batch; every random draw of a step follows from
+        # (seed, step). Autoencoder and discriminator are separated at y: each learns from its own
+        # losses only. The scaler multiplies all by the same number, with float16 only
         torch.manual_seed(cfg.seed * 1_000_003 + step)
         clips, frame = next(batches)
-        losses = train_step(cfg, nets, clips, frame, step, starts, run)
+        row = {}
+        for part in micro_batches:
+            x = to_float(clips[part].to(device))                             # (B, 3, T, H, W)
+            with autocast():
+                y, _, vq_losses = vqgan(x)                                   # (B, 3, T, H, W)
+                rec_losses = reconstruction_loss(x, y, vgg, frame[part].to(device))
+            grad_y, = torch.autograd.grad(scale(weighted_sum(cfg, rec_losses)), y)
+            losses = rec_losses | vq_losses
+            if train_disc:
+                fake = y.detach().requires_grad_()
+                with autocast():
+                    real_logits, real_features = disc(x)
+                    fake_logits, fake_features = disc(fake)
+                losses |= discriminator_loss(real_logits, fake_logits)
+                disc_loss = scale(losses["disc"] * fraction)
+                disc_loss.backward(inputs=[*disc.parameters()], retain_graph=use_gan)
+            if use_gan:
+                gan_losses = generator_loss(fake_logits, fake_features, real_features)
+                grad_adv, = torch.autograd.grad(scale(weighted_sum(cfg, gan_losses)), fake)
+                grad_y = join_gradients(grad_y, grad_adv, cfg.gan_ratio)
+                losses |= gan_losses
+            # one backward pass through decoder and encoder: from y, and from the VQ loss
+            quantizer_loss = scale(weighted_sum(cfg, vq_losses) * fraction)
+            torch.autograd.backward([y, quantizer_loss], [grad_y * fraction, None])
+            for name, loss in losses.items():
+                row[name] = row.get(name, 0) + loss.detach() * fraction
+
+        # average the gradients of the processes, then one step of each optimiser
+        average_gradients(vqgan, disc)
+        lr = cfg.lr * cosine_lr(step, cfg.steps)
+        updates = [(muon, lr), (adam, lr)]
+        if train_disc:
+            updates.append((disc_opt, cfg.disc_lr))
+        for opt, rate in updates:
+            opt.param_groups[0]["lr"] = rate
+            scaler.step(opt)
+            opt.zero_grad()
+        scaler.update()
 
         # log
-        dead_codes = vqgan.quantizer.dead_codes().sum()
-        run.log(step, losses, lr=nets.opts[0].param_groups[0]["lr"], dead_codes=dead_codes)
-    print(f"done: {run.path}, the log {run.log_path}, reconstructions {out / 'vqgan.gif'}")
+        if step % LOG_EVERY == 0:
+            row = log(path, step, row | vqgan.quantizer.health() | dict(lr=lr))
+            bar.set_postfix(mse=row["mse"])
+    print(f"done: {path}, the log {path.with_suffix('.jsonl')}, reconstructions {gif_path}")
 
 # --------------------------------------------------------------------------------------------------
 # the optimisers, of both stages
@@ -719,26 +661,26 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(u):
     """About U V', where u = U S V' is the singular value decomposition: all singular values become
-    roughly 1. (..., m, n) -> (..., m, n)"""
+    roughly 1. (..., m, n) -> (..., m, n)
+
+    Five iterations u <- p(u u') u with the quintic of Jordan et al. 2024, in float32. The small
+    matrices p are multiplied together first, and u, often ten times as long, once at the end: half
+    the time.
+    """
     if u.shape[-2] > u.shape[-1]:
         return orthogonalize(u.mT).mT
-    norm = u.norm(dim=(-2, -1), keepdim=True)
-    u = u / (norm + 1e-7)
-    if u.device.type == "cpu":
-        return newton_schulz_on_cpu(u)
-    return newton_schulz(u.half()).float()
-
-def newton_schulz(u):
-    """Five iterations with the quintic of Jordan et al., for matrices (..., m, n), m <= n, with
-    singular values up to 1. GPUs compute it in float16; bfloat16 is eight times as coarse."""
+    u = u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a = u @ u.mT                                                             # (..., m, m)
+    eye = torch.eye(u.shape[-2], device=u.device)
+    q = eye
     for _ in range(5):
-        a = u @ u.mT                                                         # (..., m, m)
-        p = 2.0315 * a @ a - 4.7750 * a
-        u = 3.4445 * u + p @ u
-    return u
+        p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a
+        q = p @ q
+        a = p @ a @ p                                            # u u' of the next u; all commute
+    return q @ u
 
 def make_optimizers(model, lr):
-    """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook."""
+    """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook -> both"""
     kernels = []
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear)):
@@ -746,7 +688,7 @@ def make_optimizers(model, lr):
     ids = {id(p) for p in kernels}
     others = [p for p in model.parameters() if id(p) not in ids]
     adam = torch.optim.Adam(others, lr, (0.9, 0.99), foreach=True)   # 3 times as fast on a CPU
-    return [Muon(kernels, lr), adam]
+    return Muon(kernels, lr), adam
 
 # --------------------------------------------------------------------------------------------------
 # borrowed: VGG16 (Simonyan & Zisserman 2015), for the perceptual loss
@@ -800,44 +742,20 @@ class VGG16(nn.Module):
             distance = distance + squared.mean()
         return distance / len(targets)
 
-def load_vgg(path=""):
-    """VGG16 with ImageNet weights, frozen: from a .pth or .npz file, or torchvision's file, which
-    is downloaded once and whose hash is checked."""
+def load_vgg():
+    """VGG16 with torchvision's ImageNet weights, frozen; they are downloaded once."""
     try:
-        if not path:
-            state = torch.hub.load_state_dict_from_url(VGG_URL, map_location="cpu",
-                                                       check_hash=True, weights_only=True)
-        elif str(path).endswith(".npz"):
-            state = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        vgg = VGG16()
-        features = {k: v for k, v in state.items() if k.startswith("features.")}
-        vgg.load_state_dict(features)
-    except Exception as e:                                       # no network, a damaged file
-        raise UserError(f"the perceptual loss needs VGG16's weights ({path or Path(VGG_URL).name}: "
-                        f"{first_line(e)}): download {VGG_URL} and give --vgg PATH, or leave the "
-                        "loss out with --perceptual 0")
+        with main_process_first():
+            state = torch.hub.load_state_dict_from_url(VGG_URL, check_hash=True, weights_only=True)
+    except OSError as e:
+        raise UserError(f"cannot download {VGG_URL} ({e}): put the file into {torch.hub.get_dir()}"
+                        "/checkpoints, or leave the perceptual loss out with --perceptual 0")
+    vgg = VGG16()
+    vgg.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")})
     return vgg.eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------
-# CPU workarounds, torch 2.13: without them newton_schulz() and nn.Conv3d would do
-
-def newton_schulz_on_cpu(u):
-    """newton_schulz() in half the time. It needs float32: the products amplify rounding errors.
-
-    Each iteration multiplies u by a polynomial p of the small matrix u u'. Here the five p are
-    multiplied together first, and u, often ten times as long, once at the end.
-    """
-    a = u @ u.mT
-    eye = torch.eye(u.shape[-2])
-    q = eye
-    for i in range(5):
-        p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a
-        q = p @ q
-        if i < 4:
-            a = p @ a @ p                                        # u u' of the next u; all commute
-    return q @ u
+# CPU workarounds, torch 2.13: without them nn.Conv3d would do
 
 class Conv3d(nn.Conv3d):
     """oneDNN computes wrong bfloat16 gradients for a padded time kernel over exactly two frames,
