@@ -150,7 +150,7 @@ DRAWN_SETS = {
 
 # --------------------------------------------------------------------------------------------------
 # finding the videos of a set: {name: path}. A path is a video file or a folder of frames; a name is
-# the path inside the set, so it begins with the class. skipped: {why: names}
+# the path inside the set, so it begins with the class. What is skipped is counted and named.
 
 def natural_key(path):
     """Sorts frame_10 after frame_9: numbers compare as numbers."""
@@ -172,7 +172,7 @@ def list_frames(folder):
                      "0001.png, 0002.png ... in a folder of their own")
 
 def find_sources(root):
-    """The videos below a folder, in natural order, and what is skipped.
+    """The videos below a folder, in natural order: {name: path}
 
     Pictures are the frames of a video if no video lies beside them or in a folder below. Hidden
     files, and folders called runs or cache (our own), are left out. Links to folders are skipped:
@@ -195,53 +195,50 @@ def find_sources(root):
         folders = folders.difference(path.parents)
     others |= {path for path in pictures if path.parent not in folders}
     videos = sorted(videos | folders, key=natural_key)
-    sources = {path.relative_to(root).as_posix(): path for path in videos}
-    return sources, {"not a video": sorted(map(str, others))}
+    print_skipped("not a video", sorted(map(str, others)))
+    return {path.relative_to(root).as_posix(): path for path in videos}
 
 def find_set(data, data_dir, split):
-    """One split of sky, ucf101 or a folder -> sources, classes, skipped"""
+    """One split of sky, ucf101 or a folder -> sources, names of classes"""
     if data == "ucf101":
         return find_ucf101(data_dir, split)
     if data != "sky":
         return find_folder(Path(data), split)
     folders = data_dir.glob(f"sky_timelapse/**/sky_{split}")      # archives differ in the nesting
-    sources, skipped = find_sources(next(folders, data_dir / "sky_timelapse"))
-    return sources, [], skipped
+    return find_sources(next(folders, data_dir / "sky_timelapse")), []
 
 def find_ucf101(data_dir, split):
-    """UCF-101 by its official lists -> sources, classes, skipped. The lists say the class; which
-    folder of UCF-101/ a file lies in does not matter."""
+    """UCF-101 by its official lists -> sources, classes. The lists say the class; which folder of
+    UCF-101/ a file lies in does not matter."""
     lists = data_dir / "ucfTrainTestlist"
     if not lists.is_dir():
-        return {}, [], {}
+        return {}, []
     class_list = (lists / "classInd.txt").read_text()             # "1 ApplyEyeMakeup"
     split_list = (lists / f"{split}list01.txt").read_text()       # "Biking/v_Biking_g08_c01.avi 1"
-    classes = re.findall(r"\d+ +(\S+)", class_list)
-    found, _ = find_sources(data_dir / "UCF-101")
-    by_file = {path.name: path for path in found.values()}
+    by_file = {path.name: path for path in find_sources(data_dir / "UCF-101").values()}
     listed = {name: by_file.get(Path(name).name) for name in re.findall(r"(?m)^\S+", split_list)}
     sources = {name: path for name, path in listed.items() if path}
-    return sources, classes, {"listed, but not there": [n for n in listed if n not in sources]}
+    print_skipped("listed, but not there", [name for name in listed if name not in sources])
+    return sources, re.findall(r"\d+ +(\S+)", class_list)
 
 def find_folder(root, split):
     """Any folder: its splits train and test (or val, validation), if it has both; first-level
-    folders as classes, if there are two or more and each video is in one
-    -> sources, classes, skipped"""
+    folders as classes, if there are two or more and each video is in one -> sources, classes"""
     tests = [root / name for name in ("test", "val", "validation") if (root / name).is_dir()]
     if (root / "train").is_dir() and tests:
         splits = dict(train=root / "train", test=tests[0])
-        sources, skipped = find_sources(splits[split])
-        train, _ = find_sources(splits["train"])
+        sources = find_sources(splits[split])
+        train = find_sources(splits["train"])
     else:
         splits = "a tenth of the videos is held out"
-        found, skipped = find_sources(root)
+        found = find_sources(root)
         sources = {name: found[name] for name in hold_out(found, split)}
         train = hold_out(found, "train")
     classes = sorted({class_of(name) for name in train}, key=natural_key)
     if "" in classes or len(classes) < 2:
         classes = []
     print(f"{root}: classes {classes}; splits: {splits}")
-    return sources, classes, skipped
+    return sources, classes
 
 def class_of(name):
     """The first-level folder of a video's name; "" if it is in none"""
@@ -264,12 +261,10 @@ def text_hash(text):
     """sha256 in 64 hexadecimal digits; the text may hold file names that are not UTF-8"""
     return hashlib.sha256(os.fsencode(text)).hexdigest()
 
-def print_skipped(title, skipped):
-    """Count and name what is not used. skipped: {why: names}"""
-    for why, names in skipped.items():
-        if names:
-            more = " ..." if len(names) > 8 else ""
-            print(f"{title}: skipped {len(names)} {why}: {', '.join(names[:8])}{more}")
+def print_skipped(why, names):
+    if names:
+        more = " ..." if len(names) > 8 else ""
+        print(f"skipped {len(names)} {why}: {', '.join(names[:8])}{more}")
 
 DOWNLOADS = {                            # zip archives: URL, sha256 if published, where to unpack
     "sky": [
@@ -362,7 +357,6 @@ def write_array(path, items, shape):
         file.seek(0)
         header = dict(descr="|u1", fortran_order=False, shape=(count, *shape))
         np.lib.format.write_array_header_1_0(file, header)
-        assert file.tell() == 128
 
 def prepare_drawn(name, split, size, frames, cache):
     """Draw one split of a DrawnSet into a file, if it is not there -> its Videos. The file's name
@@ -417,7 +411,7 @@ def decode(name, source, cache, size, unreadable):
         unreadable.append(f"{name} ({e})")
 
 def prepare_sources(title, sources, cache, size):
-    """Decode the sources that are not in the cache -> list of Video, what cannot be read
+    """Decode the sources that are not in the cache -> list of Video
 
     The cache holds one .npy file a video, written under another name and then renamed: a file that
     exists is a finished one. So an interrupted preparation goes on, several processes may prepare
@@ -428,7 +422,8 @@ def prepare_sources(title, sources, cache, size):
     with ThreadPoolExecutor() as pool:                            # decoders release the GIL
         videos = pool.map(job, sources, sources.values())
         videos = list(tqdm(videos, title, len(sources), unit=" videos"))
-    return [video for video in videos if video], unreadable
+    print_skipped("unreadable", unreadable)
+    return [video for video in videos if video]
 
 # --------------------------------------------------------------------------------------------------
 # batches
@@ -439,7 +434,6 @@ class Videos:
     flip mirrors half of the training clips; crop cuts random squares of that many pixels.
     .classes: names of the training videos' classes, [] if there are none. .labels: one for each
     video, -1 without classes. .fingerprint: a hash that is the same wherever the same set lies.
-    Files that are no video, cannot be read or are too short for one window are counted and named.
     """
     def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1,
                  flip=False, crop=0):
@@ -450,8 +444,6 @@ class Videos:
         self.flip, self.crop = flip, crop or size
         self.span = (frames - 1) * stride + 1                     # frames from first to last
         self.classes = []
-        skipped = {}
-        title = f"{run_name(data)} {split}"
         cache = Path(data_dir, "cache")
         cache.mkdir(parents=True, exist_ok=True)
         if data in DRAWN_SETS:
@@ -460,24 +452,19 @@ class Videos:
         elif data.endswith(".npy"):
             found = prepare_array(data, split, size)
         else:
-            sources, self.classes, skipped = find_set(data, Path(data_dir), split)
-            found, skipped["unreadable"] = prepare_sources(title, sources, cache, size)
-        self.videos = []
-        for video in found:
-            if video.frames < self.span:
-                skipped.setdefault(f"shorter than {self.span} frames", []).append(video.name)
-            elif self.classes and class_of(video.name) not in self.classes:
-                skipped.setdefault("of a class that train lacks", []).append(video.name)
-            else:
-                self.videos.append(video)
-        print_skipped(title, skipped)
+            sources, self.classes = find_set(data, Path(data_dir), split)
+            found = prepare_sources(f"{run_name(data)} {split}", sources, cache, size)
+        short = [video.name for video in found if video.frames < self.span]
+        print_skipped(f"shorter than {self.span} frames", short)
+        self.videos = [video for video in found if video.frames >= self.span]
         if not self.videos:
             raise UserError(f"no usable video for --data {data} ({split}), --data_dir {data_dir}: "
                             "the README shows what is expected ('Real videos'); python data.py "
                             "--data sky --download fetches sky, and likewise ucf101")
-        self.labels = [-1] * len(self.videos)
-        if self.classes:
-            self.labels = [self.classes.index(class_of(video.name)) for video in self.videos]
+        label_of = {name: label for label, name in enumerate(self.classes)}
+        self.labels = [label_of.get(class_of(video.name), -1) for video in self.videos]
+        if self.classes and -1 in self.labels:
+            print(f"{self.labels.count(-1)} videos are of a class that train lacks: no label")
         self.fingerprint = text_hash(str([(v.name, v.frames, v.origin) for v in self.videos]))
 
     def __len__(self):
@@ -567,8 +554,7 @@ def ints(text):
 def parse_flags(Config, presets={}, argv=None):
     """The command line of a Config dataclass: each field is a flag, the comment beside it its help.
 
-    A value comes from the flag, else from the preset of --data, else it is the default. With
-    --pixels the presets "--pixels" and "<set> --pixels" are added to that of the set.
+    A value comes from the flag, else from the preset of --data, else it is the default.
     """
     comments = dict(re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
@@ -581,11 +567,7 @@ def parse_flags(Config, presets={}, argv=None):
             options["type"] = ints if isinstance(default, tuple) else type(default)
         parser.add_argument(f"--{name}", **options)
     flags, _ = parser.parse_known_args(argv)
-    name = run_name(flags.data)                                   # a folder can have a preset too
-    parser.set_defaults(**presets.get(name, {}))
-    if getattr(flags, "pixels", False):
-        parser.set_defaults(**presets["--pixels"])
-        parser.set_defaults(**presets.get(f"{name} --pixels", {}))
+    parser.set_defaults(**presets.get(run_name(flags.data), {}))  # a folder can have a preset too
     cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.data not in KNOWN_SETS:                                # videos/ and videos are one set
         cfg.data = os.path.abspath(cfg.data)
@@ -701,17 +683,18 @@ def source_hash(cfg):
     """Hash of the script that a Config belongs to: has its code changed since a checkpoint?"""
     return text_hash(inspect.getsource(sys.modules[type(cfg).__module__]))
 
-def save_checkpoint(path, learners, **state):
-    """Write the state dicts of {name: network, optimiser ...} and other state, tensors and plain
-    Python values, unless the weights are not finite. A crash at any moment leaves the old file or
-    the new one. Of several processes, process 0 writes."""
+def save_checkpoint(path, cfg, learners, **state):
+    """Write the state dicts of {name: network, optimiser ...}, the Config and other state (tensors
+    and plain Python values), unless the weights are not finite. A crash at any moment leaves the
+    old file or the new one. Of several processes, process 0 writes."""
     if RANK:
         return
     for name, learner in learners.items():
         state[name] = learner.state_dict()
         if isinstance(learner, torch.nn.Module):
             check_finite(path, state["step"], state[name])
-    state["log_size"] = path.with_suffix(".jsonl").stat().st_size
+    log_size = path.with_suffix(".jsonl").stat().st_size
+    state |= dict(config=vars(cfg), source=source_hash(cfg), log_size=log_size)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -745,8 +728,6 @@ def resume(path, cfg, may_change):
         if value != then and name not in may_change:
             raise UserError(f"{path} was trained with --{name} {then}, not {value}: give the same, "
                             "another --out, or --fresh to start anew")
-        if value != then:
-            print(f"  --{name} {value} (until now {then})")
     if checkpoint["source"] != source_hash(cfg):
         print("note: the script has changed since this checkpoint was written; --fresh starts anew")
     return checkpoint
@@ -852,7 +833,7 @@ def main():
         preview = f"runs/{run_name(cfg.data)}/data-{split}.gif"
         print(f"{split}: {len(videos)} videos, {frames} frames, {len(videos.classes)} classes, "
               f"{frames * cfg.size ** 2 * 3 / 1e9:.2f} GB; preview: {preview}")
-        clips, _ = videos.fixed(min(len(videos), 24))
+        clips, _ = videos.fixed(24)
         save_grid(preview, clips.numpy(), columns=6)
 
 if __name__ == "__main__":

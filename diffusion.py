@@ -26,13 +26,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import (LOG_EVERY, RANK, UserError, Videos, all_reduce_sum, average_gradients,
                   divide_batch, load_checkpoint, load_states, log, main_process_first, parse_flags,
                   prefetch, progress, restore, resume, run_main, run_name, save_checkpoint,
-                  save_grid, source_hash, start, stop_requested, to_float, to_uint8)
-from vqgan3d import VQGAN, Conv3d, build_vqgan, cosine_lr, make_optimizers, zero_init
+                  save_grid, start, stop_requested, text_hash, to_float, to_uint8)
+from vqgan3d import VQGAN, build_vqgan, cosine_lr, make_optimizers, zero_init
 
 @dataclass
 class Config:
@@ -40,7 +39,6 @@ class Config:
     data_dir: str = "datasets"    # where the raw sets and the cache lie
     out: str = ""                 # folder of this run; empty: runs/<data>, or runs/<data>-pixels
     vqgan: str = ""               # the stage-1 checkpoint; empty: vqgan.pt in the run's folder
-    encode_once: bool = False     # encode one window of each video, before training: for small sets
     pixels: bool = False          # no stage 1: diffuse the pixels themselves
     size: int = 64                # pixels a side, with --pixels; otherwise that of stage 1
     frames: int = 16              # frames of a clip, with --pixels; otherwise those of stage 1
@@ -54,7 +52,8 @@ class Config:
     head_dim: int = 64            # channels of an attention head
     # the diffusion
     timesteps: int = 1000         # noise levels
-    noise_shift: float = 0.0      # multiplies sigma / alpha; 0: side of the latents / 8
+    noise_shift: float = 0.0      # multiplies sigma / alpha; 0: side of latents / 8, 1 for pixels
+    predict: str = "v"            # output of the network: v (Salimans & Ho 2022) or eps, the noise
     label_drop: float = 0.1       # fraction of labels replaced by the null label, for guidance
     cond_prob: float = 0.25       # fraction of clips with the first 0 ... T - 1 latent frames given
     # training
@@ -84,16 +83,8 @@ PRESETS = {
         grad_accum_steps=1,
         cond_prob=0.5,            # long videos keep class and colour better than with 0.25
         lr=4e-3,
-        encode_once=True,
         ema=0.99,                 # for few steps, a short average
         eval_every=1000,
-    ),
-    "--pixels": dict(             # added to the set's preset; for sky 13 GB, from shapes
-        grad_accum_steps=16,
-        noise_shift=1.0,          # as VDM
-    ),
-    "toy --pixels": dict(         # added to both
-        grad_accum_steps=1,
     ),
 }
 # flags that may change when a run is resumed: none that make the network or the clips
@@ -103,7 +94,11 @@ MAY_CHANGE = ("data", "data_dir", "out", "label_drop", "cond_prob", "steps", "ba
 
 # --------------------------------------------------------------------------------------------------
 # the U-Net. A convolution in space sees frames as images, so x is (B*T, C, H, W) throughout.
-# GroupNorm and attend(), softmax attention with a bias, are at the end of the file
+# attend(), softmax attention with a bias, is at the end of the file
+
+def group_norm(C):
+    """Group norm of each frame, with at least 4 channels a group"""
+    return nn.GroupNorm(math.gcd(32, C // 4, C), C)
 
 class Attention(nn.Module):
     """Multi-head self-attention in windows of frames x size x size positions: the whole clip, so
@@ -117,7 +112,7 @@ class Attention(nn.Module):
         super().__init__()
         self.frames = frames
         self.heads = math.gcd(C, max(1, C // head_dim))          # a divisor of C
-        self.norm = GroupNorm(C)
+        self.norm = group_norm(C)
         self.qkv = nn.Linear(C, 3 * C)
         self.proj = nn.Linear(C, C)
         zero_init(self.proj)                                     # starts as the identity
@@ -167,11 +162,11 @@ class UNetBlock(nn.Module):
     def __init__(self, C, D, E, config, frames, size, middle=False):
         super().__init__()
         self.frames = frames
-        self.norm1 = GroupNorm(C)
+        self.norm1 = group_norm(C)
         self.conv1 = nn.Conv2d(C, D, 3, padding=1)
-        self.time = Conv3d(D, D, (3, 1, 1), padding=(1, 0, 0))
+        self.time = nn.Conv2d(D, D, (3, 1), padding=(1, 0))
         self.emb = nn.Linear(E, 2 * D)
-        self.norm2 = GroupNorm(D)
+        self.norm2 = group_norm(D)
         self.conv2 = nn.Conv2d(D, D, 3, padding=1)
         self.skip = nn.Conv2d(C, D, 1) if C != D else nn.Identity()
         zero_init(self.conv2)                                    # the block starts as the identity
@@ -184,7 +179,7 @@ class UNetBlock(nn.Module):
     def forward(self, x, emb):                                   # (B*T, C, H, W), (B*T, E)
         h = self.conv1(F.silu(self.norm1(x)))                                # (B*T, D, H, W)
         h = h.unflatten(0, (-1, self.frames)).transpose(1, 2)                # (B, D, T, H, W)
-        h = self.time(h)
+        h = self.time(h.flatten(3)).unflatten(3, x.shape[2:])                # as (T, H*W) images
         h = h.transpose(1, 2).flatten(0, 1)                                  # (B*T, D, H, W)
         emb = self.emb(emb)[:, :, None, None]                                # (B*T, 2D, 1, 1)
         scale, shift = emb.chunk(2, 1)                                       # (B*T, D, 1, 1)
@@ -239,14 +234,12 @@ class UNet(nn.Module):
                     nn.Conv2d(C, C, 3, padding=1),
                 ))
         self.out = nn.Sequential(
-            GroupNorm(C),
+            group_norm(C),
             nn.SiLU(),
             nn.Conv2d(C, channels, 3, padding=1),
         )
         nn.init.zeros_(self.out[-1].weight)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                m.to(memory_format=torch.channels_last)          # fastest for convolutions
+        self.to(memory_format=torch.channels_last)               # fastest for convolutions
 
     def embed(self, t, label):
         """Sinusoidal embedding of t (B, T), plus that of the label (B,) -> (B, T, E)"""
@@ -295,40 +288,52 @@ class Diffusion:
     """
     def __init__(self, config, device="cpu", side=8):
         self.timesteps = config.timesteps
+        self.predict = config.predict
         t = torch.linspace(0, 1, self.timesteps + 1, dtype=torch.float64)
-        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2    # Nichol & Dhariwal 2021, eq. 17
         beta = 1 - f[1:] / f[:-1]
         alpha_bar = torch.cumprod(1 - beta.clamp(max=0.999), 0)              # (timesteps,) float64
         shift = config.noise_shift or side / 8
         self.alpha_bar = alpha_bar / (alpha_bar + shift ** 2 * (1 - alpha_bar))
-        squares = torch.stack([self.alpha_bar, 1 - self.alpha_bar])
-        roots = squares.sqrt().float().to(device)
-        self.alpha, self.sigma = roots.view(2, -1, 1, 1, 1, 1)
+        shape = -1, 1, 1, 1, 1                                               # multiplies videos
+        self.alpha = self.alpha_bar.sqrt().float().view(shape).to(device)
+        self.sigma = (1 - self.alpha_bar).sqrt().float().view(shape).to(device)
 
     def times(self, u):
         """u in [0, 1) -> times t; uniform u give the times of training."""
         return (u * self.timesteps).long()
 
     def sampling_times(self, steps):
-        """At most `steps` different times, evenly spaced from timesteps - 1, nearly noise, to 0"""
-        times = torch.linspace(self.timesteps - 1, 0, steps, dtype=torch.float64)
+        """At most `steps` different times, evenly spaced from timesteps - 1, nearly noise, to 0.
+
+        With eps they begin later, at the largest t whose sqrt(alpha_bar_t) is at least 0.03: x_0 is
+        (x_t - sigma eps) / alpha, so an error of the network in eps grows by 1 / alpha, which is
+        20,000 at the end of the cosine schedule. v has no such division (Lin et al. 2023, 3.2).
+        """
+        first = self.timesteps - 1
+        if self.predict == "eps":
+            first = (self.alpha_bar >= 0.03 ** 2).sum().item() - 1
+        times = torch.linspace(first, 0, steps, dtype=torch.float64)
         times = times.round().long().tolist()
         return list(dict.fromkeys(times))                        # none of them twice
 
-    def alpha_sigma(self, t):
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t) of times (B,): (B, 1, 1, 1, 1) each"""
-        return self.alpha[t], self.sigma[t]
-
     def add_noise(self, x0, eps, t):
-        """-> x_t, and v, the target of the network (Salimans & Ho 2022)"""
-        alpha, sigma = self.alpha_sigma(t)
-        return alpha * x0 + sigma * eps, alpha * eps - sigma * x0
+        """-> x_t, and the target of the network"""
+        alpha = self.alpha[t]
+        sigma = self.sigma[t]
+        target = eps if self.predict == "eps" else alpha * eps - sigma * x0
+        return alpha * x0 + sigma * eps, target
 
-    def predict_x0_eps(self, x_t, v, t, bound):
-        """v of the network at times t, (B,) or one number -> (x_0, eps). x_0 is clipped to the
+    def predict_x0_eps(self, x_t, output, t, bound):
+        """Output of the network at times t, (B,) or one number -> (x_0, eps). x_0 is clipped to the
         range of the data, -bound ... bound, and eps is the noise that then remains in x_t."""
-        alpha, sigma = self.alpha_sigma(t)
-        x0 = (alpha * x_t - sigma * v).clamp(-bound, bound)
+        alpha = self.alpha[t]
+        sigma = self.sigma[t]
+        if self.predict == "eps":
+            x0 = (x_t - sigma * output) / alpha
+        else:
+            x0 = alpha * x_t - sigma * output
+        x0 = x0.clamp(-bound, bound)
         return x0, (x_t - alpha * x0) / sigma
 
     def transitions(self, times):
@@ -337,7 +342,7 @@ class Diffusion:
         return zip(times, alpha_bar, alpha_bar[1:])
 
 def denoising_loss(unet, diffusion, x0, t, eps, labels, num_cond):
-    """Mean squared error of v (Salimans & Ho 2022), for each clip: (B,)
+    """Mean squared error of v, or of eps (Ho et al. 2020, eq. 14), for each clip: (B,)
 
     x0, eps (B, C, T, H, W); t, labels (B,). The first num_cond (B,) frames of a clip are given:
     they are shown clean, with noise level 0, and do not count.
@@ -369,7 +374,7 @@ def classifier_free_guidance(unet, labels, scale):
 # A sampler yields (x, x_0) after each step. denoise(x, t) -> (x_0, eps); randn() -> noise like x.
 # Symbols mean the same in all three: beta_t = 1 - alpha_bar_t / alpha_bar_next is the noise between
 # two of the times, alpha_t = sqrt(alpha_bar_t), sigma_t = sqrt(1 - alpha_bar_t), and so for _next.
-# (The papers do not agree: DDPM writes alpha_t for 1 - beta_t, DDIM for alpha_bar_t.)
+# (DDPM writes alpha_t for 1 - beta_t, DDIM for alpha_bar_t.)
 
 def ddpm(denoise, diffusion, x, times, randn):
     """Ancestral sampling (Ho et al. 2020, eq. 6-7), of all times or of some: x is drawn from
@@ -393,13 +398,15 @@ def ddim(denoise, diffusion, x, times, randn=None):
         yield x, x0
 
 def dpm(denoise, diffusion, x, times, randn=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): multistep, of second order in lambda =
-    log(alpha / sigma), one call of the network a step, without a corrector.
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2), multistep, of second order in lambda =
+    log(alpha / sigma), with the corrector of order 1 of UniPC (Zhao et al. 2023): when x_0 at the
+    end of a step is known, the step is made once more with the mean of x_0 at both ends. Only x_0
+    is new there, so it costs no further call of the network.
 
     D is x_0 extrapolated from this step and the last. min(1, .) is ours: the last steps are much
     longer in lambda than those before, and an extrapolation so far ahead overshoots.
     """
-    x0_last = h_last = None
+    x_last = None
     for t, alpha_bar_t, alpha_bar_next in diffusion.transitions(times):
         x0, _ = denoise(x, t)
         if alpha_bar_next == 1:
@@ -411,12 +418,15 @@ def dpm(denoise, diffusion, x, times, randn=None):
             sigma_next = (1 - alpha_bar_next) ** 0.5
             h = math.log(alpha_next / sigma_next) - math.log(alpha_t / sigma_t)
             D = x0
-            if x0_last is not None:
-                ratio = min(1, h / h_last)
-                D = x0 + (x0 - x0_last) * (ratio / 2)
-            x = sigma_next / sigma_t * x - alpha_next * math.expm1(-h) * D
+            if x_last is not None:
+                D_last = (x0_last + x0) / 2                      # the last step, corrected
+                x = sigma_t / sigma_last * x_last - alpha_t * math.expm1(-h_last) * D_last
+                D = x0 + (x0 - x0_last) * (min(1, h / h_last) / 2)
+            x_last = x
             x0_last = x0
             h_last = h
+            sigma_last = sigma_t
+            x = sigma_next / sigma_t * x - alpha_next * math.expm1(-h) * D
         yield x, x0
 
 SAMPLERS = {"dpm": dpm, "ddim": ddim, "ddpm": ddpm}
@@ -450,7 +460,7 @@ class LatentDiffusion:
             raise UserError(f"latents of {H} x {W}: they must be square and can be halved between "
                             f"two of --mults {self.config.mults}. Give fewer, or another --size or "
                             "--down in stage 1")
-        self.diffusion = Diffusion(self.config, self.device, side=H)
+        self.diffusion = Diffusion(self.config, self.device, side=H if self.vqgan else 8)
         self.unet = UNet(self.config, C, T, H, len(self.classes)).to(self.device)
         self.set_statistics(torch.tensor(0.0), torch.tensor(1.0), 1.0)
 
@@ -474,12 +484,9 @@ class LatentDiffusion:
         """The number of frames of k latent frames"""
         return self.vqgan.video_frames(k) if self.vqgan else k
 
-    def normalize(self, z):
-        return (z - self.mean) / self.std
-
     def encode(self, x):
         z = self.vqgan.encode(x) if self.vqgan else x
-        return self.normalize(z)
+        return (z - self.mean) / self.std
 
     def decode(self, latents):
         z = latents * self.std + self.mean
@@ -537,11 +544,11 @@ class LatentDiffusion:
         return torch.cat([cond_frames, x[:, :, K:]], 2)
 
 def noise_stream(seed):
-    """The noise of one sample, from a number or from a torch.Generator, which goes on. The offset
-    keeps it apart from the training steps of all --seed below 2999."""
+    """The noise of one sample: a stream of its own for each seed, a number or (seed, i). A
+    torch.Generator goes on where it is."""
     if isinstance(seed, torch.Generator):
         return seed
-    return torch.Generator().manual_seed(3_000_000_000 + int(seed))
+    return torch.Generator().manual_seed(int(text_hash(f"noise {seed}")[:15], 16))
 
 def load_diffusion(path, device="cpu"):
     """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
@@ -567,38 +574,13 @@ def load_diffusion(path, device="cpu"):
 # the latents to train on
 
 @torch.no_grad()
-def encode_once(vqgan, videos, autocast, device):
-    """Encode one random window of each video, not mirrored -> a function like videos.batch(), of
-    these z in float16 (n, C, T, H, W) instead of clips"""
-    windows = videos.draw(len(videos), np.random.default_rng(0))
-    labels = torch.tensor([videos.labels[i] for i, _ in windows])
-    z = []
-    for k in tqdm(range(0, len(windows), 16), "encoding"):
-        clips = [videos.window(*window) for window in windows[k:k + 16]]
-        x = to_float(np.stack(clips)).to(device)
-        with autocast():
-            z.append(vqgan.encode(x).half().contiguous().cpu())
-    z = torch.cat(z)
-    def batch(n, rng, share=slice(None)):
-        chosen = np.sort(rng.integers(len(z), size=n))
-        return z[chosen[share]], labels[chosen]
-    return batch
-
-@torch.no_grad()
-def to_latents(model, examples):
-    """uint8 clips (n, T, H, W, 3), or z (n, C, T, H, W) -> normalised latents (n, C, T, H, W)"""
-    if examples.dtype == torch.uint8:
-        return model.encode(to_float(examples))
-    return model.normalize(examples.float())
-
-def fit_statistics(model, batch, seed, autocast):
-    """Set the model's statistics from z of 1024 random windows. batch: that of Videos, or of
-    encode_once()"""
+def fit_statistics(model, videos, seed, autocast):
+    """Set the model's statistics from z of 1024 random windows of a data.Videos."""
     z = []
     for i in range(16):
-        examples, _ = batch(64, np.random.default_rng((seed, i)))
+        clips, _ = videos.batch(64, np.random.default_rng((seed, i)))
         with autocast():
-            z.append(to_latents(model, examples.to(model.device)))   # not yet shifted or scaled
+            z.append(model.encode(to_float(clips.to(model.device))))     # not yet shifted or scaled
     z = torch.cat(z)
     dims = 0, 2, 3, 4
     mean = z.mean(dims, keepdim=True)                                        # (1, C, 1, 1, 1)
@@ -634,9 +616,9 @@ def evaluate_and_preview(model, clips, labels, autocast, path):
     draws = random_draws(cfg, model, labels, torch.Generator().manual_seed(0))
     losses = []
     for k in range(0, len(clips), 16):
-        examples, *part = [x[k:k + 16].to(model.device) for x in (clips, *draws)]
+        x, *part = [x[k:k + 16].to(model.device) for x in (clips, *draws)]
         with autocast():
-            x0 = to_latents(model, examples)                                 # (16, C, T, H, W)
+            x0 = model.encode(to_float(x))                                   # (16, C, T, H, W)
             losses.append(denoising_loss(model.unet, model.diffusion, x0, *part))
     rows = range(len(model.classes))[:12] or [-1] * 4
     labels = np.repeat(rows, 3)
@@ -691,17 +673,13 @@ def main():
     with main_process_first():
         train = Videos(cfg.data, cfg.data_dir, "train", *clip_format, c.flip)
         test = Videos(cfg.data, cfg.data_dir, "test", *clip_format)
-    batch = train.batch
-    if cfg.encode_once and vqgan:
-        batch = encode_once(vqgan, train, autocast, device)
     def fetch(step):
-        """This process's share of the random draws of a step: uint8 clips or z, and the output of
-        random_draws()"""
+        """This process's clips of a step, and the output of random_draws()"""
         rng = np.random.default_rng((cfg.seed, step))
-        examples, labels = batch(cfg.batch_size, rng, share)
+        clips, labels = train.batch(cfg.batch_size, rng, share)
         stream = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
         draws = random_draws(cfg, model, labels, stream)
-        return examples, *[draw[share] for draw in draws]
+        return clips, *[draw[share] for draw in draws]
 
     # networks and optimisers: unet is trained, and ema is its moving average, the one to use
     model = LatentDiffusion(cfg, vqgan, clip_format, train.classes, device)
@@ -723,7 +701,7 @@ def main():
     if checkpoint:
         model.set_statistics(*checkpoint["statistics"])
     elif vqgan:
-        fit_statistics(model, batch, cfg.seed, autocast)
+        fit_statistics(model, train, cfg.seed, autocast)
 
     history = []                                                 # losses since the last row
     batches = prefetch(fetch, first_step, cfg.steps)
@@ -736,18 +714,9 @@ def main():
             scores = evaluate_and_preview(model, *test.fixed(128), autocast, gif_path)
             bar.write(f"step {step}: {log(path, step, scores)}")
         if step > first_step and (due or stop):
-            save_checkpoint(
-                path,
-                learners,
-                step=step,
-                config=vars(cfg),
-                source=source_hash(cfg),
-                fingerprint=train.fingerprint,
-                classes=train.classes,
-                clip=clip_format,
-                statistics=model.statistics,
-                vqgan=stage1,
-            )
+            save_checkpoint(path, cfg, learners, step=step, statistics=model.statistics,
+                            vqgan=stage1, classes=train.classes, clip=clip_format,
+                            fingerprint=train.fingerprint)
         if step == cfg.steps:
             break
         if stop:
@@ -758,9 +727,9 @@ def main():
         draws = next(batches)
         for part in micro_batches:
             on_device = [draw[part].to(device) for draw in draws]
-            examples, t, eps, labels, num_cond = on_device
+            clips, t, eps, labels, num_cond = on_device
             with autocast():
-                x0 = to_latents(model, examples)                             # (b, C, T, H, W)
+                x0 = model.encode(to_float(clips))                           # (b, C, T, H, W)
                 losses = denoising_loss(unet, model.diffusion, x0, t, eps, labels, num_cond)
             loss = losses.mean() / len(micro_batches)
             scaler.scale(loss).backward()
@@ -781,33 +750,13 @@ def main():
 
         # log
         if step % LOG_EVERY == 0:
-            row = log(path, step, loss_by_time(history, cfg.timesteps) | dict(lr=lr))
+            row = log(path, step, loss_by_time(history, cfg.timesteps))
             bar.set_postfix(loss=row["loss"])
             history.clear()
     print(f"done: {path}, the log {path.with_suffix('.jsonl')}, samples {gif_path}")
 
 # --------------------------------------------------------------------------------------------------
-# workarounds, torch 2.13: without them GroupNorm would be nn.GroupNorm, and attend() torch's fused
-# kernel
-
-class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm of each frame, with at least 4 channels a group. On a GPU it stays in x's type:
-    autocast would compute it in float32 and keep 1.5 times the memory. On a CPU, below 1024
-    positions, torch's kernel for channels_last takes 4 times as long as copying to the other layout
-    and back."""
-    def __init__(self, C):
-        super().__init__(math.gcd(32, C // 4, C), C)
-
-    def forward(self, x):
-        if x.device.type == "cpu":
-            if x.shape[2] * x.shape[3] >= 1024:
-                return super().forward(x)
-            x = super().forward(x.contiguous())
-            return x.contiguous(memory_format=torch.channels_last)
-        weight = self.weight.to(x.dtype)
-        bias = self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):       # which would compute in float32
-            return F.group_norm(x, self.num_groups, weight, bias)
+# workaround, torch 2.13: without it attend() would be torch's fused kernel
 
 def attend(q, k, v, bias):
     """softmax(q k' / sqrt(D) + bias) v; q, k, v (N, heads, L, D), bias (heads, L, L).
@@ -817,10 +766,10 @@ def attend(q, k, v, bias):
     for more than 65,535 sequences if the bias needs a gradient.
     """
     L, D = q.shape[-2:]
-    if q.device.type == "cpu" or L <= 64:
-        weights = (q * D ** -0.5) @ k.mT + bias                                # (N, heads, L, L)
-        return weights.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, bias[None])
+    if q.is_cuda and L > 64:
+        return F.scaled_dot_product_attention(q, k, v, bias[None])
+    weights = (q * D ** -0.5) @ k.mT + bias                                  # (N, heads, L, L)
+    return weights.softmax(-1) @ v
 
 if __name__ == "__main__":
     run_main(main)

@@ -5,7 +5,7 @@
     python evaluate.py --data sky --fake other/samples.npy   # any system's .npy, or a folder
     python evaluate.py --data ucf101 --c3d weights           # with the Inception Score
     python evaluate.py --data toy --floor                    # real against real, to compare with
-    python evaluate.py --vqgan runs/toy/vqgan.pt             # stage 1: PSNR, SSIM, rFVD, codes
+    python evaluate.py --vqgan runs/toy/vqgan.pt             # stage 1: PSNR, rFVD, codes
 
 Samples are compared with clips of the train split of --data; reconstructions are of clips of the
 test split of the set that stage 1 was trained on.
@@ -34,18 +34,17 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data import (UserError, Videos, find_sources, list_frames, parse_flags, print_skipped,
-                  read_file, read_frames, replacing, run_main, run_name, start, to_float, to_uint8)
-from vqgan3d import load_vqgan, psnr
+from data import (UserError, Videos, find_sources, list_frames, parse_flags, read_file, read_frames,
+                  replacing, run_main, run_name, start, to_float)
+from vqgan3d import load_vqgan, reconstruct
 
 @dataclass
 class Config:
     data: str = "toy"             # real set: toy, sky, ucf101, a folder of videos, or an .npy file
     data_dir: str = "datasets"    # where the raw sets and the cache lie
-    out: str = ""                 # folder of the report; empty: beside what is measured
+    out: str = ""                 # where the report goes, a .json; empty: beside what is measured
     # what is measured
     fake: str = ""                # samples: .npy or a folder; empty: runs/<data>/samples.npy
     floor: bool = False           # instead, compare clips of two disjoint halves of the real videos
@@ -132,51 +131,15 @@ def inception_score(probabilities):
     return (entropy_of_mean - mean_entropy).exp().item()
 
 # --------------------------------------------------------------------------------------------------
-# the metrics of reconstructions: beside psnr() of vqgan3d.py
-
-def ssim(x, y):
-    """Structural similarity (Wang et al. 2004, eq. 13), averaged over pixels, channels and frames.
-
-    x, y (B, 3, T, H, W) in [0, 255] -> (B,): 1 if the two are equal, otherwise less. Statistics are
-    weighted by the Gaussian window of the paper, 11 x 11 pixels with standard deviation 1.5,
-    wherever it fits inside the frame.
-    """
-    g = torch.signal.windows.gaussian(11, std=1.5, device=x.device)
-    g = g / g.sum()
-    def blur(v):
-        frames = v.flatten(0, 2)[:, None]                               # (B*3*T, 1, H, W)
-        blurred = F.conv2d(frames, g.view(1, 1, 11, 1))
-        return F.conv2d(blurred, g.view(1, 1, 1, 11))                   # (B*3*T, 1, H-10, W-10)
-    mu_x, mu_y = blur(x), blur(y)
-    squares = mu_x ** 2 + mu_y ** 2
-    variances = blur(x ** 2 + y ** 2) - squares                         # the sum of both
-    covariance = blur(x * y) - mu_x * mu_y
-    c1 = (0.01 * 255) ** 2
-    c2 = (0.03 * 255) ** 2
-    s = (2 * mu_x * mu_y + c1) * (2 * covariance + c2)
-    s = s / ((squares + c1) * (variances + c2))
-    return s.reshape(len(x), -1).mean(1)
-
-# --------------------------------------------------------------------------------------------------
 # features
 
-def batches(videos, batch_size, device, title):
-    """Yield float (B, 3, T, H, W) in [-1, 1], with a progress bar.
-
-    videos: uint8 (N, T, H, W, 3), an array or anything else with a length and an index.
-    """
-    loader = DataLoader(videos, batch_size, collate_fn=np.stack)
-    for clips in tqdm(loader, title):
-        yield to_float(clips).to(device)
-
 def network_outputs(network, videos, title="clips", batch_size=4, autocast=nullcontext):
-    """What a frozen network computes of uint8 videos (N, T, H, W, 3): float64 (N, outputs).
-
-    It computes one batch after the other, so that memory does not grow with N.
-    """
+    """What a frozen network computes of uint8 videos (N, T, H, W, 3): float64 (N, outputs)"""
     device = next(network.parameters()).device
     outputs = []
-    for x in batches(videos, batch_size, device, title):                     # (B, 3, T, H, W)
+    for k in tqdm(range(0, len(videos), batch_size), title, unit_scale=batch_size, unit=" clips"):
+        clips = np.array(videos[k:k + batch_size])               # a copy: memory maps are read-only
+        x = to_float(clips).to(device)                                       # (B, 3, T, H, W)
         with autocast():
             outputs.append(network(x).cpu().double().numpy())
     return np.concatenate(outputs)
@@ -196,13 +159,13 @@ def open_samples(path, frames, size):
     if path.is_dir():
         return read_folder(path, frames, size)
     if path.suffix != ".npy" or not path.exists():
-        raise UserError(f"{path} is no .npy file of samples, which python sample.py --n 2048 makes, "
+        raise UserError(f"{path} is no .npy file of samples (python sample.py --n 2048 makes one) "
                         "and no folder of them")
     videos = np.load(path, mmap_mode="r")
     fits = videos.dtype == np.uint8 and videos.shape[2:] == (size, size, 3)
     if not fits or videos.shape[1] < frames or videos[:8].max() <= 1:
-        raise UserError(f"{path} holds {videos.dtype} {videos.shape} and must hold uint8, 0 to 255, "
-                        f"(N, T, {size}, {size}, 3) with T >= {frames}: see --size, --frames")
+        raise UserError(f"{path} holds {videos.dtype} {videos.shape} and must hold uint8, 0 to "
+                        f"255, (N, T, {size}, {size}, 3) with T >= {frames}: see --size, --frames")
     remarks = set()
     settings = path.with_suffix(".json")                     # as sample.py writes it
     if settings.exists():
@@ -212,8 +175,7 @@ def open_samples(path, frames, size):
 
 def read_folder(folder, frames, size):
     """open_samples() of a folder; all clips are held in memory."""
-    sources, skipped = find_sources(folder)
-    print_skipped(folder, skipped)
+    sources = find_sources(folder)
     clips = []
     remarks = set()
     for source in tqdm(sources.values(), "samples"):
@@ -230,29 +192,16 @@ def read_folder(folder, frames, size):
             remarks.add("lossy files")
     return np.array(clips), remarks
 
-class Windows:
-    """n random windows of a data.Videos: windows[k] is read when asked for, uint8 (T, H, W, 3).
+def draw_windows(name, videos, n, seed, among=None):
+    """n random windows of a data.Videos: uint8 (n, T, H, W, 3), and their words in the protocol.
     among: the videos to draw from; all of them by default."""
-    def __init__(self, videos, n, seed, among=None):
-        self.videos = videos
-        self.windows = videos.draw(n, np.random.default_rng(seed), among)
-
-    def __len__(self):
-        return len(self.windows)
-
-    def __getitem__(self, k):
-        return self.videos.window(*self.windows[k])
-
-def describe(name, windows):
-    """What Windows are, for the protocol"""
-    v = windows.videos
-    n = len(windows)
-    distinct = len(set(windows.windows))
-    text = (f"{n} windows ({distinct} distinct) of {name} (fingerprint {v.fingerprint[:12]}), "
-            f"{v.frames} frames of {v.size}x{v.size}, stride {v.stride}")
+    windows = videos.draw(n, np.random.default_rng(seed), among)
+    text = (f"{n} windows ({len(set(windows))} distinct) of {name} (fingerprint "
+            f"{videos.fingerprint[:12]}), {videos.frames} frames of {videos.size}x{videos.size}, "
+            f"stride {videos.stride}")
     if n < 2048:
         text += "; fewer than 2048: FVD is biased upwards, not comparable with papers"
-    return text
+    return np.stack([videos.window(i, start) for i, start in windows]), text
 
 # --------------------------------------------------------------------------------------------------
 # the measurements -> {metric: its value in each run}, and the protocol
@@ -264,10 +213,11 @@ def evaluate_samples(cfg, features, device):
     model that invents videos cannot be expected to get a lower FVD; one that repeats training
     videos can.
     """
+    name = f"{run_name(cfg.data)} train"
     videos = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride)
     among = np.random.default_rng(0).permutation(len(videos))
     if cfg.floor:
-        samples = Windows(videos, cfg.runs * cfg.n, 0, among[1::2])
+        samples, _ = draw_windows(name, videos, cfg.runs * cfg.n, 0, among[1::2])
         remarks = {"the samples are windows of other videos"}
         among = among[::2]
     else:
@@ -280,72 +230,44 @@ def evaluate_samples(cfg, features, device):
         c3d = load_c3d(cfg.c3d).to(device)
         p = network_outputs(c3d, samples, "samples, C3D", cfg.batch_size)    # (N, 101)
     scores = defaultdict(list)
+    order = np.random.default_rng(0).permutation(len(samples))   # files are often sorted by class
     for run in range(cfg.runs):
-        windows = Windows(videos, n, run, among)
+        windows, protocol = draw_windows(name, videos, n, run, among)
         real = features(windows, "real clips")                               # (n, 400)
-        chosen = np.random.default_rng(run).permutation(len(samples))[:n]
+        chosen = np.roll(order, -run * n)[:n]
         scores["FVD"].append(frechet_distance(real, fake[chosen]))
         scores["KVD"].append(kernel_distance(real, fake[chosen]))
         if cfg.c3d:
             scores["IS"].append(inception_score(p[chosen]))
-    against = describe(f"{run_name(cfg.data)} train", windows)
-    protocol = [f"{n} samples against {against}", f"I3D in {cfg.dtype}", *sorted(remarks)]
-    return scores, "; ".join(protocol)
+    return scores, "; ".join([f"{n} samples against {protocol}", *sorted(remarks)])
 
 def evaluate_reconstruction(cfg, features, device):
-    """PSNR, SSIM, codes and rFVD of a stage 1, on test clips of its own set"""
+    """PSNR, codes and rFVD of a stage 1, on test clips of its own set, each at most once"""
     vqgan = load_vqgan(cfg.vqgan, device)
     c = vqgan.config
     videos = Videos(c.data, cfg.data_dir, "test", c.size, c.frames, c.stride)
-    windows = Windows(videos, cfg.n, seed=0)
-    windows.windows = sorted(set(windows.windows))               # each of them once
-    scores, decoded = reconstruction(vqgan, windows, cfg.batch_size)
+    n = min(cfg.n, sum(videos.num_windows(i) for i in range(len(videos))))
+    windows, protocol = draw_windows(f"{run_name(c.data)} test", videos, n, seed=0)
+    outputs, scores = reconstruct(vqgan, windows, cfg.batch_size)
     if c.frames >= 10:                                           # fewer are too few for I3D
-        real = features(windows)
-        scores["rFVD"] = frechet_distance(real, features(decoded))
-    what = describe(f"{run_name(c.data)} test", windows)
-    return scores, f"{what}; {c.codes} codes; I3D in {cfg.dtype}"
-
-def reconstruction(vqgan, clips, batch_size=4):
-    """How well a frozen stage 1 reconstructs uint8 clips (N, T, H, W, 3) -> dict of
-        PSNR        in dB, mean over the clips
-        SSIM        mean over the clips
-        codes_used  fraction of the codebook that occurs
-        perplexity  of the codes: exp of their entropy
-    and the reconstructions, uint8 (N, T, H, W, 3). These are what is compared with the clips.
-    """
-    device = next(vqgan.parameters()).device
-    similarity = []
-    codes = []
-    decoded = []
-    for x in batches(clips, batch_size, device, "reconstructions"):          # (B, 3, T, H, W)
-        y, code, _ = vqgan(x)
-        codes.append(code.cpu().flatten())
-        decoded.append(to_uint8(y))                                          # (B, T, H, W, 3)
-        y = to_float(decoded[-1]).to(device)                                 # (B, 3, T, H, W)
-        both = psnr(x, y), ssim(127.5 * (x + 1), 127.5 * (y + 1))            # (B,) each
-        similarity.append(torch.stack(both))
-    PSNR, SSIM = torch.cat(similarity, 1).mean(1).tolist()
-    statistics = vqgan.quantizer.statistics(torch.cat(codes))
-    return dict(PSNR=PSNR, SSIM=SSIM, **statistics), np.concatenate(decoded)
+        scores["rFVD"] = frechet_distance(features(windows), features(outputs))
+    return scores, protocol
 
 # --------------------------------------------------------------------------------------------------
 # the report
 
 def report_path(cfg):
-    """Where the report goes: beside what is measured, or in the folder --out"""
+    """Where the report goes: beside what is measured, unless --out says otherwise"""
     if cfg.floor:
-        path = Path("runs", run_name(cfg.data), "floor.json")
-    elif cfg.vqgan:
-        path = Path(cfg.vqgan.removesuffix(".pt") + "-reconstruction.json")
-    else:
-        path = Path(str(Path(cfg.fake)).removesuffix(".npy") + "-evaluation.json")
-    return Path(cfg.out, path.name) if cfg.out else path
+        return Path("runs", run_name(cfg.data), "floor.json")
+    if cfg.vqgan:
+        return Path(cfg.vqgan.removesuffix(".pt") + "-reconstruction.json")
+    return Path(cfg.fake.rstrip("/").removesuffix(".npy") + "-evaluation.json")
 
 def main():
     cfg = parse_flags(Config, PRESETS)
     cfg.fake = cfg.fake or f"runs/{run_name(cfg.data)}/samples.npy"
-    path = report_path(cfg)
+    path = Path(cfg.out or report_path(cfg))
     path.parent.mkdir(parents=True, exist_ok=True)
     device, autocast, _ = start(cfg)
     torch.backends.cudnn.allow_tf32 = False                      # full float32, also on a GPU
@@ -353,10 +275,11 @@ def main():
     features = partial(i3d_logits, i3d, batch_size=cfg.batch_size, autocast=autocast)
     evaluate = evaluate_reconstruction if cfg.vqgan else evaluate_samples
     scores, protocol = evaluate(cfg, features, device)
+    protocol += f"; I3D in {cfg.dtype}"
     for name, values in scores.items():
         text = f"{np.mean(values):.5g}"
         if np.size(values) > 1:
-            text += f" ± {np.std(values, ddof=1):.2f} ({cfg.runs} runs)"
+            text += f" ± {np.std(values, ddof=1):.2g} ({cfg.runs} runs)"
         print(f"{name:<11}{text:>12}   {protocol}")
     report = dict(
         scores=scores,

@@ -38,7 +38,7 @@ class Config:
     steps: int = 0                # of denoising a window; 0: 25, with ddpm those of training
     frames: int = 0               # length; 0: that of the training clips, with --start twice that
     start: str = ""               # a video to continue from its last frames, or a picture
-    seed: int = 0                 # sample i is drawn with seed + i, in whatever batch it is
+    seed: int = 0                 # sample i is drawn from (seed, i), in whatever batch it is
     batch_size: int = 16          # videos at once; fewer, if long ones need too much memory
     grid: int = 64                # videos in the GIF, at most; 0: no GIF
     mp4: bool = False             # one mp4 per video as well
@@ -188,7 +188,7 @@ def main():
     share = torch.arange(len(labels)).tensor_split(WORLD)[RANK]
     videos = []
     for batch in tqdm(share.split(cfg.batch_size), "batches", disable=RANK > 0):
-        seeds = [cfg.seed + i for i in batch.tolist()]
+        seeds = [(cfg.seed, i) for i in batch.tolist()]
         latents = sample_long(model, seeds, labels[batch], guidance, cfg.sampler, steps, autocast,
                               length, given)                                 # (B, C, length, h, w)
         with autocast():

@@ -18,6 +18,7 @@ vqgan.jsonl (the log), vqgan.gif (held-out clips over their reconstructions).
 """
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +27,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from data import (LOG_EVERY, RANK, WORLD, UserError, Videos, all_reduce_sum, average_gradients,
                   divide_batch, load_checkpoint, load_states, log,
                   main_process_first, parse_flags, prefetch, progress, restore, resume,
-                  run_main, run_name, save_checkpoint, save_grid, source_hash, start,
+                  run_main, run_name, save_checkpoint, save_grid, start,
                   stop_requested, to_float, to_uint8)
 
 @dataclass
@@ -107,24 +109,9 @@ MAY_CHANGE = ("data", "data_dir", "out", "mse", "perceptual", "codebook", "commi
               "eval_every", "eval_clips", "device", "dtype", "compile", "fresh")
 
 # --------------------------------------------------------------------------------------------------
-# the autoencoder: convolutions factorised into space and time, on patches. Conv3d and
-# PointwiseConv3d (1x1x1) compute what nn.Conv3d does, with workarounds: at the end of the file
-
-class ChannelNorm(nn.Module):
-    """Layer norm over the channels of each position. With statistics over time, a decoded frame
-    would depend on the length of the video; with statistics over space, on --crop."""
-    def __init__(self, C):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(C))
-        self.bias = nn.Parameter(torch.zeros(C))
-
-    def forward(self, x):                                                    # (B, C, T, H, W)
-        gain = self.gain.to(x.dtype)
-        bias = self.bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):                   # stay in x's dtype
-            x = x.movedim(1, -1)                                             # (B, T, H, W, C)
-            x = F.layer_norm(x, gain.shape, gain, bias)
-        return x.movedim(-1, 1)
+# the autoencoder: convolutions factorised into space and time, on patches. Inside it the channels
+# are the last axis, (B, T, H, W, C): layer norm and matrix products want them there, and a
+# convolution over two of the other axes takes them from there without a copy.
 
 def zero_init(layer):
     """Make a layer's output zero, so that what it is added to is not changed at first."""
@@ -132,59 +119,62 @@ def zero_init(layer):
     nn.init.zeros_(layer.bias)
 
 class ResBlock(nn.Module):
-    """Residual block: a convolution in space, then one in time."""
+    """Residual block: a convolution in space, then one in time. The layer norm is over the channels
+    of each position: with statistics over time, a decoded frame would depend on the length of the
+    video; with statistics over space, on --crop."""
     def __init__(self, C):
         super().__init__()
-        self.norm = ChannelNorm(C)
-        self.space = Conv3d(C, C, (1, 3, 3), padding=(0, 1, 1))
-        self.time = Conv3d(C, C, (3, 1, 1), padding=(1, 0, 0))
+        self.norm = nn.LayerNorm(C)
+        self.space = nn.Conv2d(C, C, 3, padding=1)
+        self.time = nn.Conv2d(C, C, (3, 1), padding=(1, 0))
         zero_init(self.time)                                     # the block starts as the identity
 
-    def forward(self, x):                                                    # (B, C, T, H, W)
-        h = self.space(self.norm(x))
-        return x + self.time(F.silu(h))
+    def forward(self, x):                                                    # (B, T, H, W, C)
+        B, T, H, W, C = x.shape
+        h = self.norm(x).flatten(0, 1).movedim(-1, 1)                        # (B*T, C, H, W)
+        h = F.silu(self.space(h))
+        h = h.movedim(1, -1).reshape(B, T, H * W, C).movedim(-1, 1)          # (B, C, T, H*W)
+        h = self.time(h)
+        return x + h.movedim(1, -1).reshape(x.shape)
 
 class PatchDown(nn.Module):
     """Cuts patches of (pt, ph, pw) and maps each to D channels:
-    (B, C, T, H, W) -> (B, D, T / pt, H / ph, W / pw)"""
+    (B, T, H, W, C) -> (B, T / pt, H / ph, W / pw, D)"""
     def __init__(self, C, D, patch):
         super().__init__()
         self.patch = patch
-        self.proj = PointwiseConv3d(C * math.prod(patch), D)
+        self.proj = nn.Linear(C * math.prod(patch), D)
 
     def forward(self, x):
-        B, C, T, H, W = x.shape
+        B, T, H, W, C = x.shape
         pt, ph, pw = self.patch
-        x = x.movedim(1, -1)                                                 # (B, T, H, W, C)
-        x = x.view(B, T // pt, pt, H // ph, ph, W // pw, pw, C)
+        x = x.reshape(B, T // pt, pt, H // ph, ph, W // pw, pw, C)
         x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)                     # (B, T', H', W', pC)
-        return self.proj(x.movedim(-1, 1))
+        return self.proj(x)
 
 class PatchUp(nn.Module):
-    """The reverse of PatchDown, in space only: (B, C, T, H, W) -> (B, D, T, H * ph, W * pw)"""
+    """The reverse of PatchDown, in space only: (B, T, H, W, C) -> (B, T, H * ph, W * pw, D)"""
     def __init__(self, C, D, patch):
         super().__init__()
         self.patch = patch
-        self.proj = PointwiseConv3d(C, D * math.prod(patch))
+        self.proj = nn.Linear(C, D * math.prod(patch))
 
     def forward(self, x):
-        x = self.proj(x).movedim(1, -1)                                      # (B, T, H, W, pD)
-        x = x.unflatten(-1, (*self.patch, -1))                               # (B,T,H,W,ph,pw,D)
+        x = self.proj(x).unflatten(-1, (*self.patch, -1))                    # (B,T,H,W,ph,pw,D)
         x = x.transpose(3, 4)                                                # (B,T,H,ph,W,pw,D)
-        x = x.flatten(4, 5).flatten(2, 3)                                    # (B, T, H', W', D)
-        return x.movedim(-1, 1)
+        return x.flatten(4, 5).flatten(2, 3)                                 # (B, T, H', W', D)
 
 class TimeUp(nn.Module):
-    """Linear interpolation to twice as many frames: (B, C, T, H, W) -> (B, C, 2T, H, W)
+    """Linear interpolation to twice as many frames: (B, T, H, W, C) -> (B, 2T, H, W, C)
 
     A residual block follows. PatchUp is not used in time: the frames of one patch would hardly
     differ, and motion would jump from patch to patch. Resize, then convolve: Odena et al. 2016.
     """
     def forward(self, x):
-        H, W = x.shape[3:]
-        with torch.autocast(x.device.type, enabled=False):                   # stay in x's dtype
-            x = F.interpolate(x.flatten(3), scale_factor=(2, 1), mode="bilinear")
-        return x.unflatten(3, (H, W))                                        # (B, C, 2T, H, W)
+        before = torch.cat([x[:, :1], x[:, :-1]], 1)                         # the frame before each
+        after = torch.cat([x[:, 1:], x[:, -1:]], 1)
+        pair = torch.lerp(x, before, 0.25), torch.lerp(x, after, 0.25)
+        return torch.stack(pair, 2).flatten(1, 2)                            # (B, 2T, H, W, C)
 
 class Quantizer(nn.Module):
     """Replaces each latent vector by the nearest entry of a learned codebook, in float32
@@ -224,13 +214,10 @@ class Quantizer(nn.Module):
         z_q = z_q.view(B, T, H, W, D).movedim(-1, 1)
         return z_q, codes.view(B, T, H, W), losses
 
-    def dead_codes(self):
-        """(K,): which codes are used less than a twentieth as often as the average one"""
-        return self.usage < 0.05
-
     def health(self):
-        """What the log of training tells about it"""
-        return dict(dead_codes=self.dead_codes().sum())
+        """For the log of training: how many codes are used less than a twentieth as often as the
+        average one"""
+        return dict(dead_codes=(self.usage < 0.05).sum())
 
     def statistics(self, codes):
         """Of the codes (N,) of held-out clips: codes_used, the fraction of the codebook that
@@ -248,7 +235,7 @@ class Quantizer(nn.Module):
             shares = [torch.empty_like(flat) for _ in range(WORLD)]
             dist.all_gather(shares, flat.contiguous())
             flat = torch.cat(shares)
-        dead = self.dead_codes()
+        dead = self.usage < 0.05
         chosen = torch.randint(len(flat), dead.shape, device=flat.device)
         noise = 0.01 * flat.std(0) * torch.randn_like(self.codebook)
         new = flat[chosen] + noise                               # (K, D), no two alike
@@ -265,17 +252,9 @@ class Quantizer(nn.Module):
         self.usage.lerp_(count * scale, 0.02)
 
 def nearest_codes(flat, codebook):
-    """Index of the codebook entry nearest to each vector: (N, D), (K, D) -> (N,)
-
-    |z - e|^2 = |z|^2 - 2 z e + |e|^2, where |z|^2 is the same for all codes and left out. Computed
-    for so many vectors at a time that the distances stay in a CPU's cache.
-    """
-    norms = codebook.square().sum(1)
-    nearest = []
-    for rows in flat.split(2 ** 21 // len(codebook)):
-        distances = torch.addmm(norms, rows, codebook.T, alpha=-2)           # (rows, K)
-        nearest.append(distances.argmin(1))
-    return torch.cat(nearest)
+    """Index of the codebook entry nearest to each vector: (N, D), (K, D) -> (N,); for 1024 vectors
+    at a time, so that the distances stay in a CPU's cache"""
+    return torch.cat([torch.cdist(rows, codebook).argmin(1) for rows in flat.split(1024)])
 
 class VQGAN(nn.Module):
     """encode(x) -> z, continuous; quantize(z) -> (z_q, codes, losses); decode(z_q) -> x.
@@ -302,8 +281,8 @@ class VQGAN(nn.Module):
         for C_finer, C, patch in zip(channels, channels[1:], patches):
             encoder.append(PatchDown(C_finer, C, patch))
             encoder += [ResBlock(C) for _ in range(c.blocks)]
-        encoder += [ChannelNorm(C), PointwiseConv3d(C, c.code_dim)]
-        decoder = [Conv3d(c.code_dim, C, 3, padding=1)]
+        encoder += [nn.LayerNorm(C), nn.Linear(C, c.code_dim)]
+        decoder = [nn.Linear(c.code_dim, C)]
         for i in reversed(range(levels)):
             C_finer, C = channels[i:i + 2]
             decoder += [ResBlock(C) for _ in range(c.blocks - 1)]
@@ -314,16 +293,16 @@ class VQGAN(nn.Module):
         self.encoder = nn.Sequential(*encoder)
         self.quantizer = Quantizer(c.codes, c.code_dim)
         self.decoder = nn.Sequential(*decoder)
-        self.to(memory_format=torch.channels_last_3d)            # fastest for convolutions
+        self.to(memory_format=torch.channels_last)               # of the convolutions' kernels
 
     def encode(self, x):
-        return self.encoder(x.contiguous(memory_format=torch.channels_last_3d)).float()
+        return self.encoder(x.movedim(1, -1)).movedim(-1, 1).float()
 
     def quantize(self, z):
         return self.quantizer(z)
 
     def decode(self, z_q):
-        return self.decoder(z_q.contiguous(memory_format=torch.channels_last_3d)).float()
+        return self.decoder(z_q.movedim(1, -1)).movedim(-1, 1).float()
 
     def forward(self, x):
         z_q, codes, losses = self.quantize(self.encode(x))
@@ -343,31 +322,17 @@ class VQGAN(nn.Module):
         _, h, w = c.down
         return c.code_dim, self.latent_frames(c.frames), c.size // h, c.size // w
 
-    def receptive_field(self):
-        """How many latent frames the decoder sees to each side of one"""
-        side = 0
-        for layer in reversed(self.decoder):                     # from fine to coarse
-            if isinstance(layer, TimeUp):
-                side = side // 2 + 1                             # frames before the interpolation
-            elif not isinstance(layer, PatchUp):
-                side += 1                                        # one convolution of 3 in time
-        return side
-
 def check_sizes(c):
     """Refuse clips that the downsampling of a Config does not divide."""
     t, h, w = c.down
-    side = c.crop or c.size
-    divides = c.frames % t == c.size % h == c.size % w == side % h == side % w == 0
-    if not divides or any(d & (d - 1) for d in c.down):
+    side = math.gcd(c.size, c.crop)                              # gcd(size, 0) is size
+    if c.frames % t or side % h or side % w or any(d & (d - 1) for d in c.down):
         raise UserError(f"--down {t},{h},{w} must be powers of two that divide the {c.frames} "
-                        f"frames and the side ({c.size}, cropped {side}): change one of them")
+                        f"frames and the sides ({c.size}, {c.crop}): change one of them")
 
 def load_vqgan(path, device="cpu"):
     """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
-    checkpoint = load_checkpoint(path)
-    if "codes" not in checkpoint["config"]:
-        raise UserError(f"{path} is no stage 1: give a vqgan.pt")
-    return build_vqgan(checkpoint, path, device)
+    return build_vqgan(load_checkpoint(path), path, device)
 
 def build_vqgan(checkpoint, path, device):
     """load_vqgan() of a checkpoint that was loaded from path."""
@@ -395,7 +360,7 @@ class Discriminator(nn.Module):
             D = min(width * 2 ** len(layers), 8 * width)
             kernel = tuple(4 if n > 4 else 3 for n in shape)
             stride = tuple(2 if n > 4 else 1 for n in shape)
-            conv = Conv3d(C, D, kernel, stride, 1, bias=not layers)
+            conv = nn.Conv3d(C, D, kernel, stride, 1, bias=not layers)
             norm = nn.BatchNorm3d(D, track_running_stats=False) if layers else nn.Identity()
             layers.append(nn.Sequential(conv, norm, nn.LeakyReLU(0.2)))
             shape = tuple(n // s for n, s in zip(shape, stride))
@@ -478,37 +443,40 @@ def join_gradients(grad_rec, grad_adv, gan_ratio):
 # training
 
 @torch.no_grad()
-def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
-    """Reconstruct held-out uint8 clips -> dict(psnr, codes_used, perplexity); writes a GIF."""
-    vqgan.eval()
+def reconstruct(vqgan, clips, batch_size, autocast=nullcontext):
+    """Reconstruct uint8 clips (N, T, H, W, 3) -> uint8 likewise; dict(psnr, and what the quantiser
+    tells of the codes, such as codes_used and perplexity)"""
     device = next(vqgan.parameters()).device
-    x = to_float(clips)
     outputs = []
     codes = []
-    for batch in x.split(batch_size):
+    for k in tqdm(range(0, len(clips), batch_size), "reconstructing", leave=False):
+        x = to_float(clips[k:k + batch_size]).to(device)                     # (B, 3, T, H, W)
         with autocast():
-            y, code, _ = vqgan(batch.to(device))
-        outputs.append(y.cpu())
+            y, code, _ = vqgan(x)
+        outputs.append(to_uint8(y))
         codes.append(code.cpu().flatten())
-    vqgan.train()
-    y = torch.cat(outputs)
-    reconstructions = to_uint8(y[:8])
-    pairs = np.concatenate([clips[:8], reconstructions], axis=2)             # original above
-    save_grid(path, pairs, columns=len(pairs))
-    return dict(psnr=psnr(x, y).mean().item(), **vqgan.quantizer.statistics(torch.cat(codes)))
+    outputs = np.concatenate(outputs)
+    scores = vqgan.quantizer.statistics(torch.cat(codes))
+    return outputs, dict(psnr=psnr(clips, outputs).mean().item(), **scores)
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of videos in [-1, 1], clipped: (B,)"""
-    x = x.clamp(-1, 1)
-    y = y.clamp(-1, 1)
-    error = (x - y) / 2                                                      # pixels range over 1
-    mse = error.square().flatten(1).mean(1)
+    """Peak signal-to-noise ratio in dB of each uint8 video: (N, T, H, W, 3), likewise -> (N,)"""
+    error = torch.as_tensor(x).float() - torch.as_tensor(y).float()
+    mse = error.square().flatten(1).mean(1) / 255 ** 2
     return -10 * mse.clamp_min(1e-10).log10()
+
+def evaluate_and_preview(vqgan, clips, autocast, batch_size, path):
+    """Reconstruct held-out uint8 clips -> scores of reconstruct(); writes a GIF."""
+    vqgan.eval()
+    outputs, scores = reconstruct(vqgan, clips, batch_size, autocast)
+    vqgan.train()
+    pairs = np.concatenate([clips[:8], outputs[:8]], axis=2)                 # original above
+    save_grid(path, pairs, columns=len(pairs))
+    return scores
 
 def main():
     cfg = parse_flags(Config, PRESETS)
     path = Path(cfg.out or f"runs/{run_name(cfg.data)}") / "vqgan.pt"
-    gif_path = path.with_suffix(".gif")
     device, autocast, scaler = start(cfg)
     scale = scaler.scale
     share, micro_batches = divide_batch(cfg.batch_size, cfg.grad_accum_steps)
@@ -537,8 +505,7 @@ def main():
     disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, (0.5, 0.999), foreach=True)
     learners = dict(model=vqgan, disc=disc, muon=muon, adam=adam, disc_opt=disc_opt, scaler=scaler)
     if cfg.compile:
-        vqgan.encoder.compile(dynamic=False)
-        vqgan.decoder.compile(dynamic=False)
+        vqgan.compile(dynamic=False)
 
     # where an earlier run stopped; the steps at which phases begin were decided when it began
     first_step = restore(path, checkpoint, cfg, train, learners)
@@ -558,11 +525,12 @@ def main():
         stop = stop_requested(step)
         due = step % cfg.eval_every == 0 or step == cfg.steps
         if due and not RANK and (step == 0 or step > first_step):
-            scores = evaluate_and_preview(vqgan, test_clips, autocast, cfg.batch_size, gif_path)
+            scores = evaluate_and_preview(vqgan, test_clips, autocast, cfg.batch_size,
+                                          path.with_suffix(".gif"))
             bar.write(f"step {step}: {log(path, step, scores)}")
         if step > first_step and (due or stop):
-            save_checkpoint(path, learners, step=step, config=vars(cfg), source=source_hash(cfg),
-                            starts=starts, fingerprint=train.fingerprint)
+            save_checkpoint(path, cfg, learners, step=step, starts=starts,
+                            fingerprint=train.fingerprint)
         if step == cfg.steps:
             break
         if stop:
@@ -614,9 +582,9 @@ def main():
 
         # log
         if step % LOG_EVERY == 0:
-            row = log(path, step, row | vqgan.quantizer.health() | dict(lr=lr))
+            row = log(path, step, row | vqgan.quantizer.health())
             bar.set_postfix(mse=row["mse"])
-    print(f"done: {path}, the log {path.with_suffix('.jsonl')}, reconstructions {gif_path}")
+    print(f"done: {path}; beside it the log .jsonl, and reconstructions .gif")
 
 # --------------------------------------------------------------------------------------------------
 # the optimisers, of both stages
@@ -641,7 +609,6 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
-        by_shape = {}                                            # kernels of one shape: one batch
         for p in group["params"]:
             if p.grad is None:                                   # frozen, or not used
                 continue
@@ -652,12 +619,8 @@ class Muon(torch.optim.Optimizer):
             m.lerp_(p.grad, 1 - group["momentum"])
             u = p.grad.lerp(m, group["momentum"])                            # Nesterov
             u = u.reshape(len(p), -1)                                        # (out, in * kernel)
-            by_shape.setdefault(u.shape, []).append((p, u))
-        for shape, pairs in by_shape.items():
-            updates = orthogonalize(torch.stack([u for _, u in pairs]))
-            step_size = group["lr"] * (0.2 * max(shape) ** 0.5)
-            for (p, _), update in zip(pairs, updates):
-                p.add_(update.reshape(p.shape), alpha=-step_size)
+            step_size = group["lr"] * (0.2 * max(u.shape) ** 0.5)
+            p.sub_(orthogonalize(u).view_as(p), alpha=step_size)
 
 def orthogonalize(u):
     """About U V', where u = U S V' is the singular value decomposition: all singular values become
@@ -681,10 +644,8 @@ def orthogonalize(u):
 
 def make_optimizers(model, lr):
     """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook -> both"""
-    kernels = []
-    for m in model.modules():
-        if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.Linear)):
-            kernels.append(m.weight)
+    layers = nn.Conv2d, nn.Conv3d, nn.Linear
+    kernels = [m.weight for m in model.modules() if isinstance(m, layers)]
     ids = {id(p) for p in kernels}
     others = [p for p in model.parameters() if id(p) not in ids]
     adam = torch.optim.Adam(others, lr, (0.9, 0.99), foreach=True)   # 3 times as fast on a CPU
@@ -726,12 +687,13 @@ class VGG16(nn.Module):
         self.register_buffer("std", std.view(3, 1, 1), persistent=False)
 
     def normalized_features(self, x):
-        """Yield (N, D, H, W) after each of the five layers, of length 1 along D."""
+        """Yield (N, D, H, W) before each pooling and at the end, of length 1 along D."""
         h = (x * 0.5 + 0.5 - self.mean) / self.std
-        for i, layer in enumerate(self.features):
-            h = layer(h)
-            if i in (3, 8, 15, 22, 29):                          # relu 1_2, 2_2, 3_3, 4_3, 5_3
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
                 yield F.normalize(h.float(), dim=1, eps=1e-6)
+            h = layer(h)
+        yield F.normalize(h.float(), dim=1, eps=1e-6)
 
     def forward(self, x, y):
         with torch.no_grad():                                    # only y gets a gradient
@@ -753,25 +715,6 @@ def load_vgg():
     vgg = VGG16()
     vgg.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")})
     return vgg.eval().requires_grad_(False)
-
-# --------------------------------------------------------------------------------------------------
-# CPU workarounds, torch 2.13: without them nn.Conv3d would do
-
-class Conv3d(nn.Conv3d):
-    """oneDNN computes wrong bfloat16 gradients for a padded time kernel over exactly two frames,
-    so these are padded before the convolution."""
-    def forward(self, x):
-        if x.shape[2] == 2 and self.padding[0]:
-            x = F.pad(x, (0, 0, 0, 0, 1, 1))
-            padding = 0, *self.padding[1:]
-            return F.conv3d(x, self.weight, self.bias, self.stride, padding)
-        return super().forward(x)
-
-class PointwiseConv3d(nn.Linear):
-    """A 1x1x1 convolution computed as a matrix product: oneDNN's convolution gives NaN in the
-    bfloat16 gradients of wide ones, on CPUs with AMX."""
-    def forward(self, x):                                                    # (B, C, T, H, W)
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 if __name__ == "__main__":
     run_main(main)
