@@ -8,6 +8,7 @@ videos: if that is low, a number for generated videos means little. The labels o
 those in samples.json.
 """
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FlagParser, UserError, Videos, run_main, to_float
-from tests.experiments.sample_file import open_samples, read_labels, read_settings
+from data import UserError, Videos, run_main, to_float
 
 class Classifier(nn.Module):
     """(B, 3, T, H, W) -> logits (B, classes)
@@ -88,7 +88,8 @@ def report(name, found, labels, classes):
           f"({', '.join(by_class)})", flush=True)
 
 def main():
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="ucf101", help="a set with classes [%(default)s]")
     parser.add_argument("--data_dir", default="datasets", help="[%(default)s]")
     parser.add_argument("--size", type=int, default=64, help="pixels a side [%(default)s]")
@@ -96,14 +97,12 @@ def main():
     parser.add_argument("--steps", type=int, default=400, help="of training [%(default)s]")
     parser.add_argument("--samples", nargs="*", type=Path, default=[], help="one or more .npy")
     args = parser.parse_args()
-    sample_sets = [open_samples(path) for path in args.samples]
-    sample_labels = [read_labels(path, len(v)) for path, v in zip(args.samples, sample_sets)]
     train = Videos(args.data, args.data_dir, "train", args.size, args.frames)
     test = Videos(args.data, args.data_dir, "test", args.size, args.frames)
     if not train.classes:
         raise UserError(f"--data {args.data} has no classes")
-    for path in args.samples:
-        made = read_settings(path)
+    settings = [json.loads(path.with_suffix(".json").read_text()) for path in args.samples]
+    for path, made in zip(args.samples, settings):
         if made["size"] != args.size or made["classes"] != train.classes:
             raise UserError(f"{path} was made with --size {made['size']} and the classes "
                             f"{made['classes']}, not {args.size} and {train.classes}")
@@ -112,10 +111,10 @@ def main():
     clips, labels = test.fixed(16 * len(test))
     found = classify(classifier, clips.numpy(), args.frames)
     report(f"held-out real clips of {len(test)} videos", found, labels.numpy(), train.classes)
-    for path, videos, labels in zip(args.samples, sample_sets, sample_labels):
-        guidance = read_settings(path)["guidance"]
-        found = classify(classifier, videos, args.frames)
-        report(f"{path}, guidance {guidance:g}", found, labels, train.classes)
+    for path, made in zip(args.samples, settings):
+        found = classify(classifier, np.load(path), args.frames)
+        name = f"{path}, guidance {made['guidance']:g}"
+        report(name, found, np.array(made["labels"]), train.classes)
 
 if __name__ == "__main__":
     run_main(main)

@@ -17,7 +17,7 @@ import numpy as np
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import FlagParser, run_main, to_float
+from data import run_main, to_float, to_uint8
 from vqgan3d import psnr
 
 def cloud_videos(n, frames=16, size=64, seed=0):
@@ -46,10 +46,11 @@ def block_average_psnr(video):
     """PSNR of a video averaged over blocks of 4 x 4 x 4 pixels and interpolated"""
     x = to_float(video[None])                                                # (1, 3, T, H, W)
     y = F.interpolate(F.avg_pool3d(x, 4), x.shape[2:], mode="trilinear")
-    return psnr(x, y).mean().item()
+    return psnr(video[None], to_uint8(y)).item()
 
 def main():
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the clips")
     parser.add_argument("--n", type=int, default=284, help="clips [%(default)s]")
     args = parser.parse_args()

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import torch
 
-from data import FlagParser, UserError, load_checkpoint, replacing, run_main
+from data import UserError, load_checkpoint, replacing, run_main
 from diffusion import load_diffusion
 
 def to_half(state):
     return {name: v.half() if v.is_floating_point() else v for name, v in state.items()}
 
 def main():
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="a diffusion.pt")
     parser.add_argument("out", type=Path, help="the file to write")
     args = parser.parse_args()
     if args.out.suffix != ".pt" or args.out.is_dir():
         raise UserError(f"{args.out}: must be a file that ends in .pt")
-    if args.out.exists() and "opts" in load_checkpoint(args.out):
+    if args.out.exists() and "muon" in load_checkpoint(args.out):
         raise UserError(f"{args.out} would lose what training needs: give another name")
     load_diffusion(args.checkpoint)                              # says what is wrong with it
     checkpoint = load_checkpoint(args.checkpoint)
     small = {key: checkpoint[key] for key in ("config", "step", "statistics", "classes", "clip")}
-    small["model"] = {}                                          # load_checkpoint() looks for it
     small["ema"] = to_half(checkpoint["ema"])
     small["vqgan"] = stage1 = checkpoint["vqgan"]
     if stage1:

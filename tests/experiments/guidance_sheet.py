@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import FlagParser, UserError, pick_device, run_main, save_grid, to_uint8
-from diffusion import load_diffusion
-from sample import prepare_model
+from data import UserError, run_main, save_grid, start, to_uint8
+from diffusion import DEFAULT_STEPS, load_diffusion
 
 def scales(text):
     """"1,2,4" -> [1.0, 2.0, 4.0]"""
@@ -32,22 +31,23 @@ def sample_classes(model, scale, seed, steps, autocast, batch_size=16):
 
 @torch.no_grad()
 def main():
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/toy/diffusion.pt"),
                         help="a trained model with classes [%(default)s]")
     parser.add_argument("--scales", type=scales, default=[0.0, 1.0, 2.0, 3.0, 5.0],
                         help="guidance of each column, from left to right [0,1,2,3,5]")
-    parser.add_argument("--steps", type=int, default=25, help="network evaluations [%(default)s]")
+    parser.add_argument("--steps", type=int, default=DEFAULT_STEPS, help="network evaluations [%(default)s]")
     parser.add_argument("--seed", type=int, default=0, help="of the noise [%(default)s]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [%(default)s]")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 [auto]")
     parser.add_argument("--out", type=Path, help="the GIF [sheet.gif beside the checkpoint]")
     args = parser.parse_args()
-    device, autocast = pick_device(args.device)
+    device, autocast, _ = start(args)
     model = load_diffusion(args.checkpoint, device)
     if not model.classes:
         raise UserError(f"{args.checkpoint} was trained without classes, so guidance changes "
                         "nothing: give the checkpoint of a set with classes")
-    prepare_model(model, autocast, use_compile=False)
     columns = []
     for scale in tqdm(args.scales, desc="guidance"):
         columns.append(sample_classes(model, scale, args.seed, args.steps, autocast))

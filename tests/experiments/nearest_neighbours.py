@@ -7,14 +7,14 @@ resolution, and the same of held-out windows: a copy would be much nearer than a
 Writes neighbours.gif beside the samples: some samples, over their nearest windows.
 """
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import FlagParser, Videos, run_main, save_grid, to_float
-from tests.experiments.sample_file import open_samples, read_settings
+from data import Videos, run_main, save_grid, to_float
 
 def shrink(clip):
     """uint8 (T, H, W, 3) -> float (D,): its pixels at a quarter of the resolution"""
@@ -39,14 +39,15 @@ def report(name, decibels, count):
           f"10% {low:.1f} dB, 90% {high:.1f} dB")
 
 def main():
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", type=Path, help="an .npy of sample.py, its .json beside it")
     parser.add_argument("--data_dir", default="datasets", help="[%(default)s]")
     parser.add_argument("--show", type=int, default=8, help="samples in the GIF [%(default)s]")
     args = parser.parse_args()
-    samples = open_samples(args.samples)
-    made = read_settings(args.samples)
-    clip = made["size"], made["frames"], made["stride"], made.get("fps", 0)
+    samples = np.load(args.samples)
+    made = json.loads(args.samples.with_suffix(".json").read_text())
+    clip = made["size"], made["frames"], made["stride"]
     train = Videos(made["data"], args.data_dir, "train", *clip)
     test = Videos(made["data"], args.data_dir, "test", *clip)
     windows = all_windows(train)

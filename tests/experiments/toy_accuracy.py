@@ -12,17 +12,17 @@ measurement can be trusted. Longer videos are measured in windows of 16 frames: 
 right, and the colour must stay.
 """
 import argparse
+import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from data import (TOY_CLASSES, TOY_MOTIONS, TOY_SHAPES, FlagParser, UserError, Videos, run_main,
-                  to_float, toy_distance, toy_videos)
-from diffusion import load_diffusion
+from data import (TOY_CLASSES, TOY_MOTIONS, TOY_SHAPES, UserError, Videos, run_main,
+                  to_float, to_uint8, toy_distance, toy_videos)
+from diffusion import DEFAULT_STEPS, load_diffusion
 from sample import encode_cond_frames
-from tests.experiments.sample_file import open_samples, read_labels, read_settings
 from vqgan3d import psnr
 
 WINDOW = 16                                        # frames that are measured at once
@@ -118,11 +118,12 @@ def long_accuracy(videos, labels):
 
 def report_samples(path):
     """Print the accuracy of the samples in a file, after that of real clips of the same shape."""
-    videos = open_samples(path)
-    if read_settings(path)["classes"] != TOY_CLASSES:
+    videos = np.load(path)
+    made = json.loads(path.with_suffix(".json").read_text())
+    if made["classes"] != TOY_CLASSES:
         raise UserError(f"{path} was not made by a model of the toy, and only the toy's classes "
                         "can be measured")
-    labels = read_labels(path, len(videos))
+    labels = np.array(made["labels"])
     real_videos, real_labels = toy_videos(256, *videos.shape[1:3], seed=99)
     for name, v, y in (("real clips", real_videos, real_labels), (str(path), videos, labels)):
         if videos.shape[1] > WINDOW:
@@ -144,21 +145,23 @@ def report_prediction(checkpoint, n=64):
     without the label, and by repeating the last given frame."""
     model = load_diffusion(checkpoint)
     frames = model.clip_format[1]
-    given = frames // model.shape[1]                             # frames of one latent frame
+    given = model.video_frames(1)                                # frames of one latent frame
     c = model.config
     clips, labels = Videos(c.data, c.data_dir, "test", *model.clip_format).fixed(n)
     x = to_float(clips)                                                      # (n, 3, T, H, W)
     cond_frames = encode_cond_frames(model, x[:, :, :given])
     print(f"PSNR of the last {frames - given} of {frames} frames, {n} held-out clips")
-    for name, y in ("without the label", None), ("with the label", labels):
-        latents = model.sample(range(n), y, 1.0, "dpm", 25, cond_frames=cond_frames)
-        video = model.decode(latents)
-        print(f"continued {name}: {psnr(video[:, :, given:], x[:, :, given:]).mean():.2f} dB")
     repeated = x[:, :, given - 1:given].expand(-1, -1, frames - given, -1, -1)
-    print(f"the last given frame repeated: {psnr(repeated, x[:, :, given:]).mean():.2f} dB")
+    real = to_uint8(x[:, :, given:])
+    for name, y in ("without the label", None), ("with the label", labels):
+        latents = model.sample(range(n), y, 1.0, "dpm", DEFAULT_STEPS, cond_frames=cond_frames)
+        video = to_uint8(model.decode(latents)[:, :, given:])
+        print(f"continued {name}: {psnr(video, real).mean():.2f} dB")
+    print(f"the last given frame repeated: {psnr(to_uint8(repeated), real).mean():.2f} dB")
 
 def main():
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=Path, default=Path("runs/toy/samples.npy"),
                         help="the videos, with their .json beside them [%(default)s]")
     parser.add_argument("--predict", metavar="CHECKPOINT", help="continue held-out clips instead")
