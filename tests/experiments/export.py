@@ -32,8 +32,8 @@ def main():
     if stage1:
         stage1["model"] = to_half(stage1["model"])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out) as temporary:
-        torch.save(small, temporary)
+    with replacing(args.out) as file:
+        torch.save(small, file)
     print(f"wrote {args.out}: python sample.py --checkpoint {args.out}")
 
 if __name__ == "__main__":
