@@ -79,13 +79,13 @@ PRESETS = {
         mults=(1, 2),
         blocks=1,
         head_dim=32,
-        steps=1600,
+        steps=1400,
         batch_size=16,
         grad_accum_steps=1,
         cond_prob=0.5,            # long videos keep class and colour better than with 0.25
         lr=4e-3,
         ema=0.99,                 # for few steps, a short average
-        eval_every=800,
+        eval_every=700,
     ),
 }
 # flags that may change when a run is resumed: none that make the network or the clips. The stage 1

@@ -43,7 +43,6 @@ class Config:
     grid: int = 64                # videos in the GIF, at most; 0: no GIF
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
-    compile: bool = False         # torch.compile: takes a minute, for hundreds of videos on a GPU
 
 # --------------------------------------------------------------------------------------------------
 # videos longer than the clips of training, window by window
@@ -145,8 +144,6 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     device, autocast, _ = start(cfg)
     model = load_diffusion(path, device)
-    if cfg.compile:
-        model.unet.compile(dynamic=False)
 
     # what no flag says follows from the model
     size, frames, stride = model.clip_format
