@@ -5,7 +5,7 @@ handful of random windows read from those files, so nothing is decoded while a n
 
     python data.py                                  # the toy set: drawn in seconds, no download
     python data.py --data sky                       # Sky Timelapse in datasets/sky_timelapse
-    python data.py --data ucf101                    # UCF-101 in datasets/UCF-101
+    python data.py --data ucf101                    # datasets/UCF-101 and datasets/ucfTrainTestlist
     python data.py --data sky --download            # ... fetched first
     python data.py --data ~/my_videos --size 64     # any folder of videos, GIFs or frame folders
     python data.py --data clips.npy --size 64       # an array of videos, uint8 (N, T, 64, 64, 3)
@@ -69,7 +69,7 @@ def save_grid(path, videos, columns=0):
         y = i // columns * (H + 2)
         x = i % columns * (W + 2)
         grid[:, y:y + H, x:x + W] = video
-    zoom = max(1, 960 // (max(rows, columns) * H))
+    zoom = max(1, 960 // max(rows * H, columns * W))
     grid = grid.repeat(zoom, 1).repeat(zoom, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     iio.imwrite(path, grid, plugin="pillow", duration=125, loop=0)
@@ -389,8 +389,8 @@ def prepare_array(path, split, size):
     array = np.load(path, mmap_mode="r")
     if array.dtype != np.uint8 or array.shape[2:] != (size, size, 3):
         raise UserError(f"{path} holds {array.dtype} {array.shape}, and must hold uint8 (N, T, "
-                        f"{size}, {size}, 3): give its side as --size, or save it anew: "
-                        "np.save(path, array.astype(np.uint8)) with the axes in this order")
+                        f"{size}, {size}, 3): give its side as --size, or save it anew with "
+                        "values from 0 to 255 and the axes in this order")
     origin = text_hash(array[:, 0].tobytes())                     # of the first frames
     names = hold_out([str(i) for i in range(len(array))], split)
     return [Video(name, path, array.shape[1], int(name), origin) for name in names]
@@ -502,8 +502,8 @@ class Videos:
         return torch.stack(clips), torch.tensor(labels)
 
     def draw(self, n, rng, among=None):
-        """n random windows, spread evenly over the videos: a list of (video, start). None comes
-        twice while there are enough. among: the videos to draw from; all of them by default."""
+        """n random windows, spread evenly over the videos: a list of (video, start). A window comes
+        twice only after all came once. among: the videos to draw from; all of them by default."""
         if among is None:
             among = range(len(self))
         left = {}                                        # video -> starts that were not drawn yet
@@ -555,7 +555,8 @@ def ints(text):
 def parse_flags(Config, presets={}, argv=None):
     """The command line of a Config dataclass: each field is a flag, the comment beside it its help.
 
-    A value comes from the flag, else from the preset of --data, else it is the default.
+    A value comes from the flag, else from the preset of --data, else it is the default. --help
+    shows the defaults, without presets; what a run uses is the first line that it prints.
     """
     comments = dict(re.findall(r"^\s+(\w+): .*?#\s*(.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=sys.modules[Config.__module__].__doc__,
@@ -685,8 +686,8 @@ def source_hash(cfg):
 
 def save_checkpoint(path, cfg, learners, **state):
     """Write the state dicts of {name: network, optimiser ...}, the Config and other state (tensors
-    and plain Python values), unless the weights are not finite. Of several processes, process 0
-    writes."""
+    and plain Python values). UserError, and no file, if a weight is not finite. Of several
+    processes, process 0 writes."""
     if RANK:
         return
     for name, learner in learners.items():
@@ -778,8 +779,9 @@ def check_finite(path, step, values):
 
 def prefetch(fetch, first_step, steps):
     """Yield fetch(step) for each step from the first. A thread fetches the next one during the
-    current step. It computes alone: threads of its own for a product would be more than there are
-    cores, and OpenMP then puts all to sleep after each product (3 times the time of stage 2)."""
+    current step, without helper threads: with a second team there would be more threads than
+    cores, OpenMP would put all to sleep after each product, and a step of stage 2 would take 3
+    times as long."""
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
         future = thread.submit(fetch, first_step)
         for step in range(first_step, steps):

