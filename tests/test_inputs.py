@@ -164,7 +164,7 @@ def test_an_array_of_videos(tmp_path):
             assert (videos.window(i, 3) == array[int(name), 3:11]).all()
     for wrong in (array / 255, array[..., 0], array[:, :, :8, :8]):
         np.save(path, wrong)
-        with pytest.raises(data.UserError, match="must hold uint8 .N, T, 16, 16, 3.*np.save"):
+        with pytest.raises(data.UserError, match="must hold uint8 .N, T, 16, 16, 3.*--size"):
             open_set(path, tmp_path)
 
 def test_ucf101_split_lists(tmp_path, clips, capsys):
