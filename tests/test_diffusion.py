@@ -176,6 +176,34 @@ def test_dpm_is_of_second_order():
         error[name] = (end - exact).abs().max()
     assert error["dpm"] < error["ddim"] / 3
 
+def dpm_2m(denoise, d, x, times):
+    """DPM-Solver++(2M) in the form of its paper's algorithm 2, without a corrector"""
+    a = d.alpha_bar[times].sqrt()
+    s = (1 - d.alpha_bar[times]).sqrt()
+    lam = (a / s).log()
+    old = None
+    for i in range(len(times) - 1):
+        x0, _ = denoise(x, times[i])
+        h = lam[i + 1] - lam[i]
+        r = None if old is None else min(1, h / (lam[i] - lam[i - 1]))
+        D = x0 if old is None else (1 + r / 2) * x0 - r / 2 * old
+        x = s[i + 1] / s[i] * x - a[i + 1] * torch.expm1(-h) * D
+        old = x0
+    return denoise(x, times[-1])[0]
+
+def test_the_corrector_of_dpm_is_nearer_to_the_exact_flow():
+    """A corrector with the wrong step, noise level or mean: no nearer than without it."""
+    d = make_diffusion(1000)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    alpha_bar = float(d.alpha_bar[-1])
+    std_T = (alpha_bar * STD ** 2 + 1 - alpha_bar) ** 0.5
+    exact = MEAN + STD * (x - alpha_bar ** 0.5 * MEAN) / std_T        # the flow of a Gaussian
+    for steps in (12, 25):
+        times = d.sampling_times(steps)
+        *_, (end, _) = diffusion.dpm(optimal_denoiser(d), d, x, times)
+        plain = dpm_2m(optimal_denoiser(d), d, x, times)
+        assert (end - exact).abs().max() < 0.8 * (plain - exact).abs().max()
+
 def test_gradient_reaches_every_parameter():
     """A layer that is built and never called."""
     for tokens in (0, 64):                                  # with attention apart, and over all
