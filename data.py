@@ -251,13 +251,14 @@ def class_of(name):
 def hold_out(names, split):
     """Train or test part of the names of a set that has no splits of its own.
 
-    About a tenth is held out, at least one, chosen by a hash of each name, so that adding a video
-    moves no other. A single video is in both parts.
+    About a tenth is held out, at least one and never all, chosen by a hash of each name, so that
+    adding a video moves no other. A single video is in both parts.
     """
     if len(names) < 2:
         return list(names)
     held_out = {name for name in names if text_hash(name) < "1999999a"}     # a tenth of all hashes
-    held_out = held_out or {min(names, key=text_hash)}
+    if len(held_out) in (0, len(names)):
+        held_out = {min(names, key=text_hash)}
     return [name for name in names if (name in held_out) == (split == "test")]
 
 def text_hash(text):
