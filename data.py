@@ -713,9 +713,9 @@ def load_states(path, checkpoint, learners):
         try:
             learner.load_state_dict(checkpoint[name])
         except (KeyError, RuntimeError, ValueError) as e:
-            reason = " ".join(str(e).split())
-            raise UserError(f"{name} of {path} does not fit the code as it is now ({reason}): "
-                            "train anew with --fresh, or give another --out")
+            raise UserError(f"{name} of {path} does not fit the code as it is now "
+                            f"({' '.join(str(e).split())}): train anew with --fresh, or give "
+                            "another --out")
 
 def resume(path, cfg, may_change):
     """The checkpoint to go on from, or None if there is none, or with --fresh. UserError if a flag
