@@ -69,7 +69,7 @@ class Config:
     guidance: float = 2.0         # of the previews, and what sample.py uses by default
     device: str = "auto"          # auto, cpu, cuda, mps
     dtype: str = "auto"           # auto (the fastest here), float32, bfloat16, float16
-    compile: bool = False         # torch.compile
+    compile: bool = False         # torch.compile: takes a minute, then steps are faster on a GPU
     fresh: bool = False           # start anew instead of resuming
 
 PRESETS = {
@@ -652,8 +652,8 @@ def loss_by_time(history, timesteps):
 
 def main():
     cfg = parse_flags(Config, PRESETS)
-    name = run_name(cfg.data) + "-pixels" * cfg.pixels
-    path = Path(cfg.out or f"runs/{name}") / "diffusion.pt"
+    suffix = "-pixels" if cfg.pixels else ""
+    path = Path(cfg.out or f"runs/{run_name(cfg.data)}{suffix}") / "diffusion.pt"
     gif_path = path.with_suffix(".gif")
     device, autocast, scaler = start(cfg)
     share, micro_batches = divide_batch(cfg.batch_size, cfg.grad_accum_steps)
@@ -721,9 +721,14 @@ def main():
             scores = evaluate_and_preview(model, *test.fixed(128), autocast, gif_path)
             bar.write(f"step {step}: {log(path, step, scores)}")
         if step > first_step and (due or stop):
-            save_checkpoint(path, cfg, learners, step=step, statistics=model.statistics,
-                            vqgan=stage1, classes=train.classes, clip=clip_format,
-                            fingerprint=train.fingerprint)
+            save_checkpoint(
+                path, cfg, learners,
+                step=step,
+                statistics=model.statistics,
+                vqgan=stage1,
+                classes=train.classes,
+                clip=clip_format,
+                fingerprint=train.fingerprint)
         if step == cfg.steps:
             break
         if stop:
