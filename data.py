@@ -6,7 +6,6 @@ handful of random windows read from those files, so nothing is decoded while a n
     python data.py                                  # the toy set: drawn in seconds, no download
     python data.py --data sky                       # Sky Timelapse in datasets/sky_timelapse
     python data.py --data ucf101                    # datasets/UCF-101 and datasets/ucfTrainTestlist
-    python data.py --data sky --download            # ... fetched first
     python data.py --data ~/my_videos --size 64     # any folder of videos, GIFs or frame folders
     python data.py --data clips.npy --size 64       # an array of videos, uint8 (N, T, 64, 64, 3)
 
@@ -23,7 +22,6 @@ import re
 import signal
 import sys
 import traceback
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -271,36 +269,6 @@ def print_skipped(why, names):
     if names:
         print(f"skipped {len(names)} {why}: {', '.join(names[:8])}")
 
-DOWNLOADS = {                            # zip archives: URL, sha256 if published, where to unpack
-    "sky": [
-        ("https://huggingface.co/datasets/maxin-cn/SkyTimelapse/resolve/main/sky_timelapse.zip",
-         "", "sky_timelapse"),
-    ],
-    "ucf101": [
-        ("https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip",
-         "5c0d1a53b8ed364a2ac830a73f405e51bece7d98ce1254fd19ed4a36b224bd27", "."),
-        ("https://storage.googleapis.com/thumos14_files/UCF101_videos.zip",
-         "dabf56f573cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d", "UCF-101"),
-    ],
-}
-
-def download(data, data_dir):
-    """Fetch the zip archives of a set into data_dir, check them, and unpack them there."""
-    if data not in DOWNLOADS:
-        raise UserError(f"--download is for --data {' and '.join(DOWNLOADS)}")
-    for url, sha256, folder in DOWNLOADS[data]:
-        archive = Path(data_dir) / Path(url).name
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if not archive.exists():
-                torch.hub.download_url_to_file(url, archive, sha256)
-            print(f"unpacking {archive}, which can be deleted then")
-            with zipfile.ZipFile(archive) as file:
-                file.extractall(archive.parent / folder)          # checks CRCs, drops ".." of names
-        except (OSError, RuntimeError, zipfile.BadZipFile) as e:
-            raise UserError(f"{url}: {e}. If {archive} is there, delete it; then try again, or put "
-                            "the file there yourself")
-
 # --------------------------------------------------------------------------------------------------
 # decoding: files become frames as a player shows them
 
@@ -461,8 +429,8 @@ class Videos:
         self.videos = [video for video in found if video.frames >= self.span]
         if not self.videos:
             raise UserError(f"no usable video for --data {data} ({split}), --data_dir {data_dir}: "
-                            "the README shows what is expected ('Real videos'); python data.py "
-                            "--data sky --download fetches sky, and likewise ucf101")
+                            "the README shows what is expected, and where sky and ucf101 are to "
+                            "be had ('Real videos')")
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = [label_of.get(class_of(video.name), -1) for video in self.videos]
         if self.classes and -1 in self.labels:
@@ -581,10 +549,7 @@ KNOWN_SETS = {"sky", "ucf101", *DRAWN_SETS}
 
 def run_name(data):
     """The name of a set in runs/: toy, sky, ucf101, or a path's last part"""
-    if data in KNOWN_SETS:
-        return data
-    name = Path(data).absolute().name.removesuffix(".npy")
-    return f"{name}-folder" if name in KNOWN_SETS else name       # ./sky is not sky
+    return Path(data).absolute().name.removesuffix(".npy")
 
 # ---- device and processes ----
 
@@ -595,7 +560,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 def fastest_dtype(device):
     """bfloat16 if the hardware multiplies it, as GPUs do since 2020; float16 on older GPUs"""
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float16"
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
         return "bfloat16"
@@ -618,8 +583,7 @@ def start(cfg):
         device = torch.device("cuda", device.index or RANK)
         torch.cuda.set_device(device)
     if WORLD > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))      # one may decode for long
+        dist.init_process_group(timeout=timedelta(days=1))        # one may decode for long
     torch.backends.cudnn.benchmark = True                         # shapes do not change
     dtype = getattr(torch, fastest_dtype(device) if cfg.dtype == "auto" else cfg.dtype)
     print(f"{device}, {dtype}, {WORLD} process(es)")
@@ -824,12 +788,9 @@ class Config:
     size: int = 128              # pixels a side
     frames: int = 16             # frames of a clip
     stride: int = 1              # frames of the video from one frame of a clip to the next
-    download: bool = False       # first fetch the set: sky, or ucf101 (7 GB)
 
 def main():
     cfg = parse_flags(Config, PRESETS)
-    if cfg.download:
-        download(cfg.data, cfg.data_dir)
     for split in ("train", "test"):
         videos = Videos(cfg.data, cfg.data_dir, split, cfg.size, cfg.frames, cfg.stride)
         frames = sum(video.frames for video in videos.videos)

@@ -32,7 +32,7 @@ class Config:
     checkpoint: str = ""          # another checkpoint than runs/<data>/diffusion.pt
     out: str = ""                 # folder; empty: that of the diffusion.pt, or runs/x for an x.pt
     n: int = 0                    # videos; 0: four of each class, or 16
-    classes: str = ""             # names, or numbers from 0, separated by commas; empty: all
+    classes: str = ""             # names, separated by commas; empty: all
     guidance: float = -1.0        # 1: conditional, 0: unconditional; -1: as in the previews
     sampler: str = "dpm"          # dpm (DPM-Solver++ 2M), ddim, or ddpm
     steps: int = 0                # of denoising a window; 0: 12, with ddpm those of training
@@ -108,17 +108,12 @@ def sample_long(model, seeds, labels, guidance, sampler, steps, autocast, length
 # from flags to files
 
 def choose_labels(text, classes, n):
-    """"Biking,3" -> the label of each of n samples (n,), class by class; -1: of no known class.
-
-    text "": all classes. n = 0: four of each class, or 16. Numbers count the classes from 0, unless
-    a class has a number for its name: then they are names.
-    """
+    """"Biking,JumpingJack" -> the label of each of n samples (n,), class by class; -1: of no known
+    class. text "": all classes. n = 0: four of each class, or 16."""
     names = text.split(",") if text else classes
     if not names:
         return torch.full((n or 16,), -1)
     label_of = {name: label for label, name in enumerate(classes)}
-    if not any(name.isdecimal() for name in classes):
-        label_of |= {str(label): label for label in label_of.values()}
     for name in names:
         if name not in label_of:
             raise UserError(f"--classes: no class is called {name}; there are {classes}")

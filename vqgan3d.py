@@ -18,6 +18,7 @@ vqgan.jsonl (the log), vqgan.gif (held-out clips over their reconstructions).
 """
 import math
 import sys
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,18 +82,16 @@ class Config:
 PRESETS = {
     "toy": dict(                  # small enough for a CPU
         size=32,
-        crop=16,                  # 8 squares, half the pixels of 4 clips: +1.4 dB in equal time
+        crop=24,                  # 6 squares, 0.8 times the pixels of 4 clips: better in equal time
         width=32,
-        codes=2048,
         perceptual=0.0,           # VGG16 knows photographs, and is a large download
-        steps=4000,
-        batch_size=8,
-        lr=4e-3,
+        steps=2500,
+        batch_size=6,
         vq_start=0.03,
         disc_width=16,
         disc_start=0.9,
         gan_start=0.93,
-        eval_every=1000,
+        eval_every=500,
         eval_clips=128,
     ),
     "sky": dict(                  # for one GPU; not run there yet
@@ -335,9 +334,11 @@ def check_sizes(c):
     """Refuse clips that the downsampling of a Config does not divide."""
     t, h, w = c.down
     side = math.gcd(c.size, c.crop)                              # gcd(size, 0) is size
-    if c.frames % t or side % h or side % w or any(d & (d - 1) for d in c.down):
+    odd = c.frames % t or side % h or side % w or any(d & (d - 1) for d in c.down)
+    if odd or c.crop > c.size:
         raise UserError(f"--down {t},{h},{w} must be powers of two that divide the {c.frames} "
-                        f"frames and the sides ({c.size}, {c.crop}): change one of them")
+                        f"frames and the sides (--size {c.size}, --crop {c.crop}), and a crop is "
+                        "not larger than the whole: change one of them")
 
 def load_vqgan(path, device="cpu"):
     """The trained stage 1 of a checkpoint, frozen, in eval mode; its settings are in .config."""
@@ -636,6 +637,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         group = self.param_groups[0]
+        updates = defaultdict(list)                              # by the smaller side
         for p in group["params"]:
             if p.grad is None:                                   # frozen, or not used
                 continue
@@ -646,28 +648,31 @@ class Muon(torch.optim.Optimizer):
             m.lerp_(p.grad, 1 - 0.95)
             u = p.grad.lerp(m, 0.95)                                         # Nesterov
             u = u.reshape(len(p), -1)                                        # (out, in * kernel)
-            step_size = group["lr"] * (0.2 * max(u.shape) ** 0.5)
-            p.sub_(orthogonalize(u).view_as(p), alpha=step_size)
+            updates[min(u.shape)].append((p, u))
+        for pairs in updates.values():
+            params, matrices = zip(*pairs)
+            for p, u in zip(params, orthogonalize(matrices)):
+                step_size = group["lr"] * (0.2 * max(u.shape) ** 0.5)
+                p.sub_(u.view_as(p), alpha=step_size)
 
-def orthogonalize(u):
-    """About U V', where u = U S V' is the singular value decomposition: all singular values become
-    roughly 1. (..., m, n) -> (..., m, n)
+def orthogonalize(matrices):
+    """About U V' of each matrix u = U S V', its singular value decomposition: all singular values
+    become roughly 1. The smaller side of all matrices must be the same.
 
     Five iterations u <- p(u u') u with the quintic of Jordan et al. 2024, in float32. The small
-    matrices p are multiplied together first, and u, often ten times as long, once at the end: half
-    the time.
+    square matrices p, of all u at once, are multiplied together first, and u, often ten times as
+    long, once at the end: a fourth of the time.
     """
-    if u.shape[-2] > u.shape[-1]:
-        return orthogonalize(u.mT).mT
-    u = u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    a = u @ u.mT                                                             # (..., m, m)
-    eye = torch.eye(u.shape[-2], device=u.device)
+    units = [u / (u.norm() + 1e-7) for u in matrices]
+    squares = [u @ u.mT if len(u) <= u.shape[1] else u.mT @ u for u in units]
+    a = torch.stack(squares)                                                 # (., m, m)
+    eye = torch.eye(a.shape[-1], device=a.device)
     q = eye
     for _ in range(5):
         p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a
         q = p @ q
         a = p @ a @ p                                            # u u' of the next u; all commute
-    return q @ u
+    return [x @ u if len(u) <= u.shape[1] else u @ x for x, u in zip(q, units)]
 
 def make_optimizers(model, lr):
     """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook -> both"""

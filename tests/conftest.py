@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data
 
-STAGE1 = ("--size 16 --frames 8 --down 2,4,4 --width 16 --blocks 1 --codes 16 --disc_width 4 "
-          "--perceptual 0 --steps 60 --batch_size 2 --eval_every 20 --eval_clips 8 "
+STAGE1 = ("--size 16 --crop 0 --frames 8 --down 2,4,4 --width 16 --blocks 1 --codes 16 "
+          "--disc_width 4 --perceptual 0 --steps 60 --batch_size 2 --eval_every 20 --eval_clips 8 "
           "--device cpu").split()
 STAGE2 = ("--width 16 --mults 1,2 --blocks 1 --head_dim 8 --full_attention_tokens 16 "
           "--timesteps 50 --ema 0.9 --lr 3e-3 --steps 24 --batch_size 8 --eval_every 12 "

@@ -120,13 +120,13 @@ def test_a_sample_follows_from_seed_and_number(draw):
     assert (ddpm != five).any()
 
 @pytest.mark.parametrize("classes, text, n, labels", [
-    (["spin", "wave"], "wave", 4, [1, 1, 1, 1]), (["spin", "wave"], "wave,0", 4, [1, 1, 0, 0]),
+    (["spin", "wave"], "wave", 4, [1, 1, 1, 1]), (["spin", "wave"], "wave,spin", 4, [1, 1, 0, 0]),
     (["spin", "wave"], "", 0, [0] * 4 + [1] * 4), (["1", "2", "3"], "1,3", 2, [0, 2]),
     (["3", "4", "5"], "", 3, [0, 1, 2]), ([], "", 3, [-1] * 3)])
-def test_classes_by_name_and_by_number(classes, text, n, labels):
+def test_classes_by_name(classes, text, n, labels):
     """Folders called 1, 2, 3, of which --classes 0,2 drew "1" as a number, "2" as a name."""
     assert sample.choose_labels(text, classes, n).tolist() == labels
-    for wrong in ("0,2", "wiggle", "-1", "99"):
+    for wrong in ("0,2", "wiggle", "-1"):
         with pytest.raises(data.UserError, match="no class is called"):
             sample.choose_labels(wrong, classes[:2], n)
 

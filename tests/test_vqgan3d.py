@@ -237,22 +237,27 @@ def test_evaluation_of_a_known_error(monkeypatch):
     assert (below - above == 10).all()
 
 def test_muon_steps_are_orthogonal_and_downhill():
-    """Coefficients mistyped, a transposed matrix, the sign of the step, too few digits."""
+    """Coefficients mistyped, a transposed matrix, the sign of the step, too few digits, matrices
+    that get each other's step."""
     torch.manual_seed(0)
     left, _, right = torch.linalg.svd(torch.randn(64, 256), full_matrices=False)
     u = left * torch.logspace(0, -3, 64) @ right
-    assert torch.linalg.svdvals(vqgan3d.orthogonalize(u)).max() < 1.3
-    for shape in ((8, 4, 3, 3), (40, 8)):                                        # wide and tall
-        p = torch.nn.Parameter(torch.zeros(shape))
-        frozen = torch.nn.Parameter(torch.ones(4, 4))                 # has no gradient, and stays
-        p.grad = torch.randn(shape)
-        vqgan3d.Muon([frozen, p], lr=0.1).step()
-        step = p.detach().flatten(1)
+    for found in vqgan3d.orthogonalize([u, u.T]):
+        assert torch.linalg.svdvals(found).max() < 1.3
+    frozen = torch.nn.Parameter(torch.ones(4, 4))                     # has no gradient, and stays
+    shapes = (8, 4, 3, 3), (40, 8), (8, 8), (3, 5)                               # wide and tall
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape)
+    vqgan3d.Muon([frozen, *params], lr=0.1).step()
+    assert (frozen == 1).all()
+    for p in params:
+        step = -p.detach().flatten(1)
+        left, _, right = torch.linalg.svd(p.grad.flatten(1), full_matrices=False)
         values = torch.linalg.svdvals(step) / (0.1 * 0.2 * max(step.shape) ** 0.5)
-        assert (step * p.grad.flatten(1)).sum() < 0
+        assert (step * (left @ right)).sum() > 0.9 * (step.norm() * (left @ right).norm())
         assert 0.6 < values.min()
         assert values.max() < 1.3
-        assert (frozen == 1).all()
 
 def test_every_parameter_is_in_exactly_one_optimiser():
     """A parameter that no optimiser moves, or two."""
@@ -343,7 +348,8 @@ def test_vgg_offline_is_one_line_that_helps(stage1, main, monkeypatch):
 
 @pytest.mark.parametrize("flags, words", [
     ("--size 18", "--down 2,4,4 must be powers of two that divide"),
-    ("--crop 10", "--down 2,4,4 must"), ("--frames 7", "--down 2,4,4 must"),
+    ("--crop 10", "--down 2,4,4 must"), ("--crop 24", "a crop is not larger"),
+    ("--frames 7", "--down 2,4,4 must"),
     ("--down 2,3,4", "--down 2,3,4 must be powers of two"),
     ("--grad_accum_steps 3", "cannot be divided among 1 process(es) x --grad_accum_steps 3")])
 def test_sizes_that_do_not_fit_end_in_one_line(stage1, main, flags, words):
