@@ -100,7 +100,7 @@ def toy_videos(n, frames=16, size=32, seed=0):
     ever. Colours, position and size are random, the speed is not. Edges are two pixels soft, so
     that positions between pixels are visible.
     Returns uint8 (n, frames, size, size, 3) and int64 labels (n,), label = 4 * shape + motion:
-    balanced, in random order, the same for the same seed.
+    nearly balanced, in random order, the same for the same seed.
     """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % len(TOY_CLASSES))
@@ -210,7 +210,13 @@ def find_set(data, data_dir, split):
 
 def find_ucf101(data_dir, split):
     """UCF-101 by its official lists -> sources, classes. The lists say the class; which folder of
-    UCF-101/ a file lies in does not matter."""
+    UCF-101/ a file lies in does not matter.
+
+    The lists: https://www.crcv.ucf.edu/data/UCF101/UCF101TrainTestSplits-RecognitionTask.zip
+    (sha256 5c0d1a53b8ed364a2ac830a73f405e51bece7d98ce1254fd19ed4a36b224bd27). The videos, 7 GB:
+    https://storage.googleapis.com/thumos14_files/UCF101_videos.zip
+    (dabf56f573cd19c79e096563529fec8126a2a34e18e10c72eb621dd687532b0d), into UCF-101/.
+    """
     lists = data_dir / "ucfTrainTestlist"
     if not lists.is_dir():
         return {}, []
@@ -267,7 +273,7 @@ def text_hash(text):
 def print_skipped(why, names):
     """How many were skipped, and the first eight names"""
     if names:
-        print(f"skipped {len(names)} {why}: {', '.join(names[:8])}")
+        print(f"skipped {len(names)} {why}: {names[:8]}")
 
 # --------------------------------------------------------------------------------------------------
 # decoding: files become frames as a player shows them
@@ -333,7 +339,8 @@ def write_array(path, items, shape):
 
 def prepare_drawn(name, split, size, frames, cache):
     """Draw one split of a DrawnSet into a file, if it is not there -> its Videos. The file's name
-    has a hash of the drawing function's source; the labels lie beside it, written last."""
+    has a hash of the drawing function's source (after a change of what that one calls, delete the
+    file); the labels lie beside it, written last."""
     drawn = DRAWN_SETS[name]
     n, seed = drawn.splits[split]
     version = text_hash(inspect.getsource(drawn.draw))[:8]
@@ -429,8 +436,7 @@ class Videos:
         self.videos = [video for video in found if video.frames >= self.span]
         if not self.videos:
             raise UserError(f"no usable video for --data {data} ({split}), --data_dir {data_dir}: "
-                            "the README shows what is expected, and where sky and ucf101 are to "
-                            "be had ('Real videos')")
+                            "the README shows what is expected and how to get it ('Real videos')")
         label_of = {name: label for label, name in enumerate(self.classes)}
         self.labels = [label_of.get(class_of(video.name), -1) for video in self.videos]
         if self.classes and -1 in self.labels:
@@ -540,12 +546,10 @@ def parse_flags(Config, presets={}, argv=None):
     flags, _ = parser.parse_known_args(argv)
     parser.set_defaults(**presets.get(run_name(flags.data), {}))  # a folder can have a preset too
     cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.data not in KNOWN_SETS:                                # videos/ and videos are one set
+    if cfg.data not in {"sky", "ucf101", *DRAWN_SETS}:            # videos/ and videos are one set
         cfg.data = os.path.abspath(cfg.data)
     print(cfg)
     return cfg
-
-KNOWN_SETS = {"sky", "ucf101", *DRAWN_SETS}
 
 def run_name(data):
     """The name of a set in runs/: toy, sky, ucf101, or a path's last part"""
@@ -678,8 +682,7 @@ def load_states(path, checkpoint, learners):
             learner.load_state_dict(checkpoint[name])
         except (KeyError, RuntimeError, ValueError) as e:
             raise UserError(f"{name} of {path} does not fit the code as it is now "
-                            f"({' '.join(str(e).split())}): train anew with --fresh, or give "
-                            "another --out")
+                            f"({' '.join(str(e).split())}): train it anew (--fresh)")
 
 def resume(path, cfg, may_change):
     """The checkpoint to go on from, or None if there is none, or with --fresh. UserError if a flag

@@ -79,13 +79,13 @@ PRESETS = {
         mults=(1, 2),
         blocks=1,
         head_dim=32,
-        steps=1300,
+        steps=1400,
         batch_size=16,
         grad_accum_steps=1,
         cond_prob=0.5,            # long videos keep class and colour better than with 0.25
         lr=4e-3,
         ema=0.99,                 # for few steps, a short average
-        eval_every=650,
+        eval_every=700,
     ),
 }
 # flags that may change when a run is resumed: none that make the network or the clips. The stage 1
@@ -108,8 +108,7 @@ class Attention(nn.Module):
     position, where size is 1.
 
     Each head has a learned bias for each offset between two positions in time, height and width
-    (VDM: in time only), so it can tell before from after. Queries and keys are normalised to length
-    1 (Henry et al. 2020), and scale is learned: the held-out loss is 7% lower after 500 steps.
+    (VDM: in time only), so it can tell before from after.
     """
     def __init__(self, C, head_dim, frames, size):
         super().__init__()
@@ -119,7 +118,6 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(C, 3 * C)
         self.proj = nn.Linear(C, C)
         zero_init(self.proj)                                     # starts as the identity
-        self.scale = nn.Parameter(torch.full((self.heads, 1, 1), 10.0))
         # At first a third of the heads prefers the frame before, a third the same frame, a third
         # the next: with equal biases no head would tell them apart
         offset = torch.arange(1 - frames, frames)
@@ -144,10 +142,8 @@ class Attention(nn.Module):
         h = h.reshape(-1, L, C)                                              # (., L, C)
         h = self.qkv(h).unflatten(-1, (3, self.heads, -1))                   # (., L, 3, heads, D)
         q, k, v = h.permute(2, 0, 3, 1, 4)                                   # (., heads, L, D)
-        q = F.normalize(q, dim=-1) * self.scale
-        k = F.normalize(k, dim=-1)
         bias = self.bias.index_select(1, self.index.flatten())               # (heads, L * L)
-        bias = bias.view(-1, L, L).to(v.dtype)                               # (heads, L, L)
+        bias = bias.view(-1, L, L).to(q.dtype)                               # (heads, L, L)
         h = attend(q, k, v, bias)                                            # (., heads, L, D)
         h = self.proj(h.transpose(1, 2).flatten(2))                          # (., L, C)
         if L == self.frames:
@@ -175,7 +171,7 @@ class UNetBlock(nn.Module):
         self.norm2 = group_norm(D)
         self.conv2 = nn.Conv2d(D, D, 3, padding=1)
         self.skip = nn.Conv2d(C, D, 1) if C != D else nn.Identity()
-        zero_init(self.conv2)                                    # the block starts as the identity
+        zero_init(self.conv2)                                    # the block starts as the skip
         windows = [(1, size), (frames, 1)] if middle else [(frames, 1)]
         if frames * size ** 2 <= config.full_attention_tokens:   # the cost is quadratic in them
             windows = [(frames, size)]
@@ -258,7 +254,7 @@ class UNet(nn.Module):
             emb = emb + self.label.weight[label][:, None]                    # -1: the last row
         return emb
 
-    def forward(self, x, t, label=None):
+    def forward(self, x, t, label):
         B, C, T, H, W = x.shape
         emb = F.silu(self.embed(t, label)).flatten(0, 1)                     # (B*T, E)
         h = x.transpose(1, 2).flatten(0, 1)                                  # (B*T, C, H, W)
@@ -364,7 +360,7 @@ def denoising_loss(unet, diffusion, x0, t, eps, labels, num_cond):
 
 def classifier_free_guidance(unet, labels, scale):
     """The function (x, t) -> null + scale * (conditional - null), both in one batch (Ho & Salimans
-    2021, eq. 6, where scale is 1 + w). Scale 1 is the conditional model, 0 the unconditional one.
+    2021, eq. 6, whose w is scale - 1). Scale 1 is the conditional model, 0 the unconditional one.
     """
     def network(x, t):
         if scale == 1 or not unet.num_classes:
@@ -464,8 +460,7 @@ class LatentDiffusion:
         C, T, H, W = self.shape
         if H != W or H % 2 ** (len(self.config.mults) - 1):
             raise UserError(f"latents of {H} x {W}: they must be square and can be halved between "
-                            f"two of --mults {self.config.mults}. Give fewer, or another --size "
-                            "(without --pixels in stage 1, as --down)")
+                            "two of --mults: change --mults, --size or (in stage 1) --down")
         self.diffusion = Diffusion(self.config, self.device, side=H if self.vqgan else 8)
         self.unet = UNet(self.config, C, T, H, len(self.classes)).to(self.device)
         self.set_statistics(torch.tensor(0.0), torch.tensor(1.0), 1.0)
@@ -657,13 +652,11 @@ def main():
     cfg = parse_flags(Config, PRESETS)
     suffix = "-pixels" if cfg.pixels else ""
     path = Path(cfg.out or f"runs/{run_name(cfg.data)}{suffix}") / "diffusion.pt"
-    gif_path = path.with_suffix(".gif")
     device, autocast, scaler = start(cfg)
     share, micro_batches = divide_batch(cfg.batch_size, cfg.grad_accum_steps)
     checkpoint = resume(path, cfg, MAY_CHANGE)
 
     # stage 1: a resumed run keeps the one that it began with
-    torch.manual_seed(cfg.seed)                                  # of the networks' first weights
     stage1 = vqgan = None
     c = cfg
     if not cfg.pixels:
@@ -680,6 +673,9 @@ def main():
     with main_process_first():
         train = Videos(cfg.data, cfg.data_dir, "train", *clip_format, c.flip)
         test = Videos(cfg.data, cfg.data_dir, "test", *clip_format)
+    if checkpoint and checkpoint["classes"] != train.classes:
+        raise UserError(f"{path} was trained with the classes {checkpoint['classes']}, and now "
+                        f"there are {train.classes}: give another --out, or --fresh")
     def fetch(step):
         """This process's clips of a step, and the output of random_draws(); model: below"""
         rng = np.random.default_rng((cfg.seed, step))
@@ -689,6 +685,7 @@ def main():
         return clips, *[draw[share] for draw in draws]
 
     # networks and optimisers: unet is trained, and ema is its moving average, the one to use
+    torch.manual_seed(cfg.seed)
     model = LatentDiffusion(cfg, vqgan, clip_format, train.classes, device)
     unet = model.unet
     ema = model.unet = copy.deepcopy(unet).requires_grad_(False).eval()
@@ -698,17 +695,13 @@ def main():
         ema=ema,
         muon=muon,
         adam=adam,
-        scaler=scaler,
-    )
+        scaler=scaler)
     if cfg.compile:
         unet.compile(dynamic=False)
 
     # where an earlier run stopped
     first_step = restore(path, checkpoint, cfg, train, learners)
     if checkpoint:
-        if checkpoint["classes"] != train.classes:
-            raise UserError(f"{path} was trained with the classes {checkpoint['classes']}, and now "
-                            f"there are {train.classes}: give another --out, or --fresh")
         model.set_statistics(*checkpoint["statistics"])
     elif vqgan:
         fit_statistics(model, train, cfg.seed, autocast)
@@ -721,7 +714,8 @@ def main():
         stop = stop_requested(step)
         due = step % cfg.eval_every == 0 or step == cfg.steps
         if due and not RANK and (step == 0 or step > first_step):
-            scores = evaluate_and_preview(model, *test.fixed(128), autocast, gif_path)
+            scores = evaluate_and_preview(model, *test.fixed(128), autocast,
+                                          path.with_suffix(".gif"))
             bar.write(f"step {step}: {log(path, step, scores)}")
         if step > first_step and (due or stop):
             save_checkpoint(
@@ -771,18 +765,19 @@ def main():
     print(f"done: {path}; beside it the log .jsonl, and samples .gif")
 
 # --------------------------------------------------------------------------------------------------
-# workaround, torch 2.13: without it attend() would be torch's fused kernel
+# for speed only: F.scaled_dot_product_attention alone computes the same (torch 2.13)
 
 def attend(q, k, v, bias):
-    """softmax(q k' + bias) v; q, k, v (N, heads, L, D), bias (heads, L, L).
+    """softmax(q k' / sqrt(D) + bias) v; q, k, v (N, heads, L, D), bias (heads, L, L).
 
     On a CPU the written-out form takes half the time of the fused kernel. On a GPU it is better for
     short sequences, as in time: the kernel computes tiles of 64 x 64, and its backward pass fails
     for more than 65,535 sequences if the bias needs a gradient.
     """
-    if q.is_cuda and q.shape[-2] > 64:
-        return F.scaled_dot_product_attention(q, k, v, bias[None], scale=1.0)
-    weights = q @ k.mT + bias                                                # (N, heads, L, L)
+    L, D = q.shape[-2:]
+    if q.is_cuda and L > 64:
+        return F.scaled_dot_product_attention(q, k, v, bias[None])
+    weights = (q * D ** -0.5) @ k.mT + bias                                  # (N, heads, L, L)
     return weights.softmax(-1) @ v
 
 if __name__ == "__main__":

@@ -260,10 +260,10 @@ def evaluate_reconstruction(cfg, features, device):
 
 def report_path(cfg):
     """Where the report goes: beside what is measured, unless --out says otherwise"""
-    if cfg.floor:
-        return Path("runs", run_name(cfg.data), "floor.json")
     if cfg.vqgan:
         return Path(cfg.vqgan.removesuffix(".pt") + "-reconstruction.json")
+    if cfg.floor:
+        return Path("runs", run_name(cfg.data), "floor.json")
     return Path(cfg.fake.rstrip("/").removesuffix(".npy") + "-evaluation.json")
 
 def main():

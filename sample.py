@@ -113,11 +113,10 @@ def choose_labels(text, classes, n):
     names = text.split(",") if text else classes
     if not names:
         return torch.full((n or 16,), -1)
-    label_of = {name: label for label, name in enumerate(classes)}
     for name in names:
-        if name not in label_of:
+        if name not in classes:
             raise UserError(f"--classes: no class is called {name}; there are {classes}")
-    chosen = torch.tensor([label_of[name] for name in names])
+    chosen = torch.tensor([classes.index(name) for name in names])
     n = n or 4 * len(names)
     return chosen[torch.arange(n) * len(names) // n]
 

@@ -82,7 +82,7 @@ class Config:
 PRESETS = {
     "toy": dict(                  # small enough for a CPU
         size=32,
-        crop=24,                  # 6 squares, 0.8 times the pixels of 4 clips: better in equal time
+        crop=24,                  # smaller clips, but more of them, are better in equal time
         width=32,
         perceptual=0.0,           # VGG16 knows photographs, and is a large download
         steps=2500,
@@ -273,8 +273,7 @@ class VQGAN(nn.Module):
         check_sizes(c)
         # down (4, 8, 8) takes patches (1, 2, 2), (2, 2, 2), (2, 2, 2): time, in which videos change
         # little, is halved last. A patch is one matrix product, far cheaper than a convolution with
-        # stride. Three times the channels for a fourth of the positions: each level costs about
-        # twice as much as the finer one
+        # stride
         levels = max(1, int(math.log2(max(c.down))))
         channels = [3]
         patches = []
@@ -348,6 +347,7 @@ def build_vqgan(checkpoint, path, device):
     """load_vqgan() of a checkpoint that was loaded from path."""
     vqgan = VQGAN(Config(**checkpoint["config"]))
     load_states(path, checkpoint, dict(model=vqgan))
+    # was it started in the last step?
     vqgan.quantizer.started = checkpoint["step"] - 1 >= checkpoint["starts"]["vq_start"]
     return vqgan.to(device).eval().requires_grad_(False)
 
@@ -542,9 +542,6 @@ def main():
     batches = prefetch(fetch, first_step, cfg.steps)
     bar = progress(first_step, cfg.steps, "stage 1")
     for step in bar:
-        train_disc = cfg.gan + cfg.feature > 0 and step >= starts["disc_start"]
-        use_gan = train_disc and step >= starts["gan_start"]
-
         # once in a while: evaluate, preview and save; stop if a signal asked for it
         stop = stop_requested(step)
         due = step % cfg.eval_every == 0 or step == cfg.steps
@@ -564,6 +561,8 @@ def main():
             sys.exit(130)
 
         vqgan.quantizer.started = step >= starts["vq_start"]
+        train_disc = cfg.gan + cfg.feature > 0 and step >= starts["disc_start"]
+        use_gan = train_disc and step >= starts["gan_start"]
 
         # forward and backward, micro-batch by micro-batch; every random draw of a step follows from
         # (seed, step). Autoencoder and discriminator are separated at y: each learns from its own
@@ -652,16 +651,16 @@ class Muon(torch.optim.Optimizer):
         for pairs in updates.values():
             params, matrices = zip(*pairs)
             for p, u in zip(params, orthogonalize(matrices)):
-                step_size = group["lr"] * (0.2 * max(u.shape) ** 0.5)
+                step_size = group["lr"] * 0.2 * max(u.shape) ** 0.5
                 p.sub_(u.view_as(p), alpha=step_size)
 
 def orthogonalize(matrices):
     """About U V' of each matrix u = U S V', its singular value decomposition: all singular values
     become roughly 1. The smaller side of all matrices must be the same.
 
-    Five iterations u <- p(u u') u with the quintic of Jordan et al. 2024, in float32. The small
-    square matrices p, of all u at once, are multiplied together first, and u, often ten times as
-    long, once at the end: a fourth of the time.
+    Five iterations u <- p(u u') u with the quintic of Jordan et al. 2024, in float32. To save time
+    the small square matrices p, of all u at once, are multiplied together first, and u, often ten
+    times as long, once at the end.
     """
     units = [u / (u.norm() + 1e-7) for u in matrices]
     squares = [u @ u.mT if len(u) <= u.shape[1] else u.mT @ u for u in units]
@@ -672,7 +671,7 @@ def orthogonalize(matrices):
         p = 3.4445 * eye - 4.7750 * a + 2.0315 * a @ a
         q = p @ q
         a = p @ a @ p                                            # u u' of the next u; all commute
-    return [x @ u if len(u) <= u.shape[1] else u @ x for x, u in zip(q, units)]
+    return [q_u @ u if len(u) <= u.shape[1] else u @ q_u for q_u, u in zip(q, units)]
 
 def make_optimizers(model, lr):
     """Muon for kernels and matrices; Adam for biases, gains, embeddings and the codebook -> both"""

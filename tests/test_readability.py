@@ -12,10 +12,10 @@ import pytest
 
 from conftest import ROOT
 
-TOTAL = 21_200                   # tokens of the five files together, at most (aim: 21,000)
+TOTAL = 21_000                   # tokens of the five files together, at most
 TOKENS = {                       # of each, with room to move
-    "data.py": 5_600,            # aim: 5,200
-    "vqgan3d.py": 5_400,
+    "data.py": 5_400,            # aim: 5,200
+    "vqgan3d.py": 5_450,
     "diffusion.py": 5_900,
     "sample.py": 1_500,
     "evaluate.py": 3_100,
