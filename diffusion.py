@@ -2,7 +2,7 @@
 
     noise (6, 4, 32, 32) -> U-Net, many steps -> latents (6, 4, 32, 32) -> decoder of stage 1
 
-    python diffusion.py                            # the toy, after vqgan3d.py; 8 to 10 minutes
+    python diffusion.py                            # the toy, after vqgan3d.py; 9 minutes
     python diffusion.py --data sky                 # latents of 16 x 128 x 128, one GPU
     python diffusion.py --pixels                   # the same U-Net on pixels, without stage 1 (VDM)
     python diffusion.py --data sky --pixels --grad_accum_steps 16        # ... of 16 x 64 x 64
@@ -662,8 +662,8 @@ def main():
     if not cfg.pixels:
         vqgan_path = cfg.vqgan or path.with_name("vqgan.pt")
         found = checkpoint["vqgan"] if checkpoint else load_checkpoint(vqgan_path)
+        vqgan = build_vqgan(found, vqgan_path, device)
         stage1 = {name: found[name] for name in ("config", "step", "starts", "model")}
-        vqgan = build_vqgan(stage1, vqgan_path, device)
         c = vqgan.config
         print(f"inherited from stage 1 ({c.data}, {found['step']} of {c.steps} steps): {c.frames} "
               f"frames of {c.size} x {c.size}, stride {c.stride}, flip {c.flip}")

@@ -2,7 +2,7 @@
 
     video (3, 16, 128, 128) -> encoder -> z (6, 4, 32, 32) -> nearest codes -> decoder -> video
 
-    python vqgan3d.py                                        # the toy; 7 minutes on two cores
+    python vqgan3d.py                                        # the toy; 5 minutes on two cores
     python vqgan3d.py --data sky                             # 16 x 128 x 128, one GPU
     torchrun --nproc_per_node 4 vqgan3d.py --data sky        # 4 GPUs, a part of each batch on each
     python vqgan3d.py --data sky --steps 300 --batch_size 2 --width 32 --perceptual 0  # without GPU
@@ -345,6 +345,8 @@ def load_vqgan(path, device="cpu"):
 
 def build_vqgan(checkpoint, path, device):
     """load_vqgan() of a checkpoint that was loaded from path."""
+    if "starts" not in checkpoint:
+        raise UserError(f"{path} is no stage 1: give a vqgan.pt, which vqgan3d.py makes")
     vqgan = VQGAN(Config(**checkpoint["config"]))
     load_states(path, checkpoint, dict(model=vqgan))
     # was it started in the last step?

@@ -432,5 +432,6 @@ def test_what_does_not_fit_stage_1_is_one_line(stage1, stage2, main):
         return main(diffusion, *stage2.flags, "--out", "run", *flags, code=1).err
     assert "python vqgan3d.py" in error()
     assert "--mults" in error("--vqgan", stage1.path, "--mults", "1,1,1,1")
+    assert "is no stage 1" in error("--vqgan", stage2.path)
     with pytest.raises(data.UserError):
         diffusion.load_diffusion(stage1.path)
