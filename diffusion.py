@@ -88,8 +88,8 @@ PRESETS = {
         eval_every=700,
     ),
 }
-# flags that may change when a run is resumed: none that make the network or the clips. The stage 1
-# of a run is in its checkpoint, so --vqgan cannot change either
+# flags that may change when a run is resumed: none that make the network or the clips. --data may
+# be the same set at another place. The stage 1 of a run is in its checkpoint: --vqgan cannot change
 MAY_CHANGE = ("data", "data_dir", "out", "label_drop", "cond_prob", "steps", "batch_size",
               "grad_accum_steps", "lr", "ema", "eval_every", "guidance", "device", "dtype",
               "compile", "fresh")
@@ -152,9 +152,10 @@ class Attention(nn.Module):
         return x + h
 
 class UNetBlock(nn.Module):
-    """A residual block: a convolution in space, one in time, and one in space; noise level and
-    label scale and shift what comes between the last two. Then self-attention: over the whole clip
-    where it has few positions; else over time, and in the middle of the U-Net over space before.
+    """A residual block: a convolution in space, one in time, and one in space; what comes
+    between the last two is scaled and shifted by noise level and label. Then self-attention: over
+    the whole clip where it has few positions; else over time, and in the middle of the U-Net first
+    over space, then over time.
 
     The label acts after the convolution in time. Only there can a channel mean "it was further
     left a frame ago", which the label "moving right" can then amplify. When attention alone mixed
@@ -286,7 +287,7 @@ class Diffusion:
     noise_shift multiplies sigma / alpha at all times (Chen 2023; Hoogeboom et al. 2023). The mean
     colour of many positions stays visible under noise that hides each of them. With too little
     noise the first step decides it, and all samples look alike. side: height and width of
-    the latents, from which a noise_shift of 0 follows.
+    the latents; a noise_shift of 0 stands for side / 8.
     """
     def __init__(self, config, device="cpu", side=8):
         self.timesteps = config.timesteps
@@ -459,8 +460,8 @@ class LatentDiffusion:
         self.shape = self.vqgan.latent_shape() if self.vqgan else (3, frames, size, size)
         C, T, H, W = self.shape
         if H != W or H % 2 ** (len(self.config.mults) - 1):
-            raise UserError(f"latents of {H} x {W}: they must be square and can be halved between "
-                            "two of --mults: change --mults, --size or (in stage 1) --down")
+            raise UserError(f"latents of {H} x {W}: they must be square, and their side is halved "
+                            "between two of --mults: change --mults, --size or stage 1's --down")
         self.diffusion = Diffusion(self.config, self.device, side=H if self.vqgan else 8)
         self.unet = UNet(self.config, C, T, H, len(self.classes)).to(self.device)
         self.set_statistics(torch.tensor(0.0), torch.tensor(1.0), 1.0)

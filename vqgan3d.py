@@ -104,7 +104,8 @@ PRESETS = {
         batch_size=16,
     ),
 }
-# flags that may change when a run is resumed: none that make the network or the clips
+# flags that may change when a run is resumed: none that make the network or the clips. --data may
+# be the same set at another place
 MAY_CHANGE = ("data", "data_dir", "out", "mse", "perceptual", "codebook", "commitment", "gan",
               "feature", "gan_ratio", "steps", "batch_size", "grad_accum_steps", "lr", "disc_lr",
               "eval_every", "eval_clips", "device", "dtype", "compile", "fresh")
@@ -187,7 +188,7 @@ class Quantizer(nn.Module):
     Until it is started it passes z on. In its first step the codebook is set to latents of that
     batch; later a code that is hardly used is moved to a random latent of the current batch. Both
     follow from usage, a buffer that is saved, so a resumed run does not initialise the codebook
-    again. bincount and boolean indexing are avoided: the CPU would wait for the GPU.
+    again. In training bincount and boolean indexing are avoided: the CPU would wait for the GPU.
     """
     def __init__(self, num_codes, code_dim):
         super().__init__()

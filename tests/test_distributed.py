@@ -49,9 +49,10 @@ def stage2_flags(stage1, stage2):
             stage1.path, "--dtype", "float32"]
 
 def assert_near(a, b):
-    """Two state dicts must be equal up to rounding, relative to the largest value of a tensor."""
+    """Two state dicts must be equal up to rounding, relative to the largest value of a tensor. Muon
+    makes all singular values of a step alike, so it enlarges the rounding of the small ones."""
     for name, value in a.items():
-        assert (value - b[name]).abs().max() < 1e-3 * value.abs().max().clamp_min(1e-3), name
+        assert (value - b[name]).abs().max() < 4e-3 * value.abs().max().clamp_min(1e-3), name
 
 def assert_same_log(one, two):
     """The rows of two logs must be equal up to rounding: losses are means over all processes."""

@@ -187,7 +187,8 @@ def test_ucf101_split_lists(tmp_path, clips, capsys):
         "v_Typing_g01_c01.avi", "v_HandStandPushups_g01_c01.avi", "v_Archery_g02_c01.avi"]
     assert videos.labels == [2, 1, 0]
     out = capsys.readouterr().out
-    assert "skipped 1 unreadable: ['Archery/v_Archery_g77_c01.avi" in out
+    assert "skipped 1 unreadable: [" in out
+    assert "Archery/v_Archery_g77_c01.avi" in out
     test = data.Videos("ucf101", tmp_path, "test", 16, frames=8)
     assert names(test) == ["Archery/v_Archery_g01_c01.avi"]
     assert test.labels == [0]
