@@ -334,8 +334,8 @@ def check_sizes(c):
     """Refuse clips that the downsampling of a Config does not divide."""
     t, h, w = c.down
     side = math.gcd(c.size, c.crop)                              # gcd(size, 0) is size
-    odd = c.frames % t or side % h or side % w or any(d & (d - 1) for d in c.down)
-    if odd or c.crop > c.size:
+    misfit = c.frames % t or side % h or side % w or any(d & (d - 1) for d in c.down)
+    if misfit or c.crop > c.size:
         raise UserError(f"--down {t},{h},{w} must be powers of two that divide the {c.frames} "
                         f"frames and the sides (--size {c.size}, --crop {c.crop}), and a crop is "
                         "not larger than the whole: change one of them")
